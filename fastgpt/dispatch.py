@@ -1,0 +1,264 @@
+"""What can run where, which one runs, and why.
+
+One table holds, per op and backend, the function and the device types, dtypes and shapes it takes. ``resolve`` reads it
+and never tries a backend to find out. The nearest choice wins: ``backend=`` on a call, then the innermost
+``use_backend``, then ``FASTGPT_BACKEND``, then "auto", which takes the first backend of ``FASTEST`` that can run.
+Nothing falls back silently: a named backend that cannot run raises its reason, and ``explain`` prints every reason.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from fastgpt import reference, torch_native
+
+OPS = (
+    "attention",
+    "attention_qkvpacked",
+    "softmax",
+    "layer_norm",
+    "add_layer_norm",
+    "gelu",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "dropout",
+    "adamw_",
+    "clip_grad_norm_",
+)
+BACKENDS = ("reference", "torch", "triton", "cpp", "cuda")
+AUTO = "auto"
+
+# The order in which "auto" tries the backends, fastest first, by device type (docs/measured.md has the figures).
+FASTEST = {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")}
+
+_HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of the table: an op's function in one backend, and what it takes.
+
+    ``limit`` gets the op's arguments and returns why they are out of reach, or None. ``note`` is a sentence about the
+    entry that ``explain`` prints.
+    """
+
+    fn: Callable[..., Any]
+    device_types: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[torch.dtype, ...] = _HALF_AND_SINGLE
+    limit: Callable[..., str | None] | None = None
+    note: str = ""
+
+
+_table: dict[str, dict[str, Entry]] = {op: {} for op in OPS}
+_absent: dict[str, str] = {
+    name: f"this version of fastgpt does not include the {name} backend" for name in ("triton", "cpp", "cuda")
+}
+
+
+def register(backend: str, op: str, entry: Entry) -> None:
+    """Put ``entry`` into the table: from now on ``backend`` runs ``op`` where the entry allows it.
+
+    Raises:
+        ValueError: ``op`` or ``backend`` is not a known name.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
+    _check_backend(backend, "register", names=BACKENDS)
+    _absent.pop(backend, None)
+    _table[op][backend] = entry
+
+
+def mark_absent(backend: str, reason: str) -> None:
+    """Say in one sentence why ``backend`` has no op on this machine; ``explain`` and errors repeat it."""
+    _check_backend(backend, "mark_absent", names=BACKENDS)
+    _absent[backend] = reason
+    for entries in _table.values():
+        entries.pop(backend, None)
+
+
+def parse_choice(text: str, source: str) -> dict[str, str]:
+    """Read ``"torch"`` or ``"attention=torch,layer_norm=reference"`` into {op: backend}; "" is no choice.
+
+    Raises:
+        ValueError: an unknown op or backend; ``source`` says where the text came from.
+    """
+    choice: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        op, equals, backend = (word.strip() for word in part.partition("="))
+        if not equals:
+            op, backend = "", part
+        elif op not in OPS:
+            raise ValueError(f"{source}: unknown op {op!r}; the ops are {', '.join(OPS)}")
+        _check_backend(backend, source)
+        choice.update({op: backend} if op else dict.fromkeys(OPS, backend))
+    return choice
+
+
+def _check_backend(name: object, source: str, names: Sequence[str] = (*BACKENDS, AUTO)) -> None:
+    if name not in names:
+        raise ValueError(f"{source}: unknown backend {name!r}; the backends are {', '.join(names)}")
+
+
+def _choice_from_environment() -> dict[str, str] | ValueError:
+    try:
+        return parse_choice(os.environ.get("FASTGPT_BACKEND", ""), "FASTGPT_BACKEND")
+    except ValueError as error:  # kept for the first op that asks: importing fastgpt must not fail
+        return error
+
+
+# Read once, at import: torch.compile guards on what it reads, and the environment is not to be read at every op.
+_environment = _choice_from_environment()
+
+
+class _State(threading.local):
+    """The {op: backend} of the innermost use_backend of this thread; None outside of any."""
+
+    choice: dict[str, str] | None = None
+
+
+_state = _State()
+
+
+def _choice() -> dict[str, str]:
+    if _state.choice is not None:
+        return _state.choice
+    if isinstance(_environment, ValueError):
+        raise _environment
+    return _environment
+
+
+class use_backend:
+    """Choose the backend of all ops, or of some, until the ``with`` block ends (in the thread that entered it).
+
+    ``use_backend("reference")`` chooses for every op, ``use_backend(attention="torch")`` for those named, and
+    ``use_backend("torch", softmax="reference")`` for both. "auto" hands an op back to the measured table. Blocks nest,
+    and the innermost wins.
+
+    Raises:
+        ValueError: an unknown op or backend, or a backend that this machine does not have, with the reason.
+    """
+
+    def __init__(self, backend: str | None = None, **per_op: str) -> None:
+        chosen: dict[str, str] = {}
+        if backend is not None:
+            chosen.update(parse_choice(backend, "use_backend"))
+        for op, name in per_op.items():
+            chosen.update(parse_choice(f"{op}={name}", "use_backend"))
+        for name in chosen.values():
+            if name in _absent:
+                raise ValueError(f"use_backend: backend {name!r} cannot run here: {_absent[name]}")
+        self._chosen = chosen
+
+    def __enter__(self) -> None:
+        self._before = _state.choice
+        _state.choice = {**_choice(), **self._chosen}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _state.choice = self._before
+
+
+def resolve(op: str, backend: str | None, *args: Any) -> Entry:
+    """The table's entry that runs ``op`` on these arguments.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run this op here, with the reason.
+    """
+    x = _leading_tensor(args)
+    name = _choice().get(op, AUTO) if backend is None else backend
+    if name != AUTO:
+        reason = reason_against(op, name, x.device.type, x.dtype, args)
+        if reason is not None:
+            _check_backend(name, op)
+            raise ValueError(f"{op}: backend {name!r} cannot run here: {reason}")
+        return _table[op][name]
+    for candidate in FASTEST.get(x.device.type, ()):
+        if reason_against(op, candidate, x.device.type, x.dtype, args) is None:
+            return _table[op][candidate]
+    raise ValueError(f"{op}: no backend takes {_dtype_name(x.dtype)} tensors on device {x.device.type!r} here")
+
+
+def run(op: str, backend: str | None, *args: Any) -> Any:
+    """Resolve ``op`` and call it, outside of any autocast: an op computes in the dtypes it was given."""
+    entry = resolve(op, backend, *args)
+    device_type = _leading_tensor(args).device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return entry.fn(*args)
+    return entry.fn(*args)
+
+
+def reason_against(
+    op: str, backend: str, device_type: str, dtype: torch.dtype, args: tuple[Any, ...] | None = None
+) -> str | None:
+    """Why ``backend`` cannot run ``op``, in one sentence, or None where it can; without ``args`` shapes are left out."""
+    entry = _table[op].get(backend)
+    if entry is None:
+        return _absent.get(backend, f"the {backend} backend has no {op}")
+    if device_type not in entry.device_types:
+        return f"it takes {_listed(entry.device_types)} tensors, not {device_type}"
+    if dtype not in entry.dtypes:
+        return f"it takes {_listed([_dtype_name(d) for d in entry.dtypes])}, not {_dtype_name(dtype)}"
+    if entry.limit is not None and args is not None:
+        return entry.limit(*args)
+    return None
+
+
+def explain(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+    """One row per op: which backend runs it on such tensors, why that one, and why each of the others does not.
+
+    Returns:
+        Dicts with "op", "backend" (None where none can run), "why", "note" and "others" ({backend: reason}).
+    """
+    rows = []
+    for op in OPS:
+        name = _choice().get(op, AUTO)
+        reasons = {b: reason_against(op, b, device_type, dtype) for b in BACKENDS}
+        if name == AUTO:
+            able = [b for b in FASTEST.get(device_type, ()) if reasons[b] is None]
+            chosen = able[0] if able else None
+            why = f"auto: the fastest measured on {device_type}" if able else "no backend can run here"
+            passed_over = f"it can run, but {chosen} is faster on {device_type}"
+        else:
+            chosen = name if reasons[name] is None else None
+            why = "chosen by " + ("use_backend" if _state.choice is not None else "FASTGPT_BACKEND")
+            passed_over = f"it can run, but {name} was chosen"
+        others = {b: reason or passed_over for b, reason in reasons.items() if b != chosen}
+        note = _table[op][chosen].note if chosen else ""
+        rows.append({"op": op, "backend": chosen, "why": why, "note": note, "others": others})
+    return rows
+
+
+def _leading_tensor(args: tuple[Any, ...]) -> torch.Tensor:
+    return args[0][0] if isinstance(args[0], list) else args[0]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+_SDPA_NOTE = "on CUDA its backward is not deterministic (PyTorch's SDPA)"
+_TORCH_DETAILS: dict[str, dict[str, Any]] = {
+    "attention": {"note": _SDPA_NOTE},
+    "attention_qkvpacked": {"note": _SDPA_NOTE},
+    "adamw_": {
+        "limit": torch_native.adamw_limit,
+        "note": "takes params, grads and moments of one dtype; reference takes the others",
+    },
+}
+
+for _op in OPS:
+    register("reference", _op, Entry(getattr(reference, _op), dtypes=(*_HALF_AND_SINGLE, torch.float64)))
+    register("torch", _op, Entry(getattr(torch_native, _op), **_TORCH_DETAILS.get(_op, {})))

@@ -1,0 +1,190 @@
+"""GPT as GPT-2 has it, and the bigram baseline. Every hot operation goes through ``fastgpt.ops``.
+
+Sizes in comments: B sequences, T tokens each, C = n_embd, H heads of D = C / H, V tokens in the (padded) vocabulary.
+Parameters carry GPT-2's own names, so that its weights load by name.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.config import BigramConfig, GPTConfig
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with an optional bias, and with the residual addition before it where there is one."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias)  # (B, T, C)
+
+    def add(self, x: Tensor, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+        """The norm of dropout(x) + residual, and that sum."""
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, dropout_p=dropout_p)  # two of (B, T, C)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.fused = config.attention == "fused"
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        dropout_p = self.dropout if self.training else 0.0
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        if self.fused:
+            y = ops.attention_qkvpacked(qkv, dropout_p=dropout_p)  # (B, T, H, D)
+        else:
+            q, k, v = qkv.transpose(1, 3).unbind(2)  # three of (B, H, T, D)
+            att = ops.softmax(q @ k.mT, scale=q.shape[-1] ** -0.5, is_causal=True)  # (B, H, T, T)
+            y = (ops.dropout(att, dropout_p) @ v).transpose(1, 2)  # (B, T, H, D)
+        return self.c_proj(y.reshape(B, T, C))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.approximate = config.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.c_fc.weight)  # (B, T, 4C); the bias is added where GELU reads it anyway
+        x = ops.gelu(x, self.c_fc.bias, approximate=self.approximate)  # (B, T, 4C)
+        return self.c_proj(x)  # (B, T, C)
+
+
+class Block(nn.Module):
+    """A pre-norm block that hands its last sum on unfinished, so that every addition meets the norm that follows it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: (B, T, C), what the sublayer before adds to the residual stream; the embedding in the first block.
+            residual: (B, T, C), the stream before that addition; None in the first block.
+        Returns:
+            The MLP's output and the stream it is still to be added to, both (B, T, C).
+        """
+        dropout_p = self.dropout if self.training else 0.0
+        y, residual = (self.ln_1(x), x) if residual is None else self.ln_1.add(x, residual, dropout_p)
+        y, residual = self.ln_2.add(self.attn(y), residual, dropout_p)
+        return self.mlp(y), residual
+
+
+class GPT(nn.Module):
+    """A GPT-2-shaped language model (Radford et al., 2019).
+
+    Weights are drawn from N(0, 0.02), those of the projections onto the residual stream from
+    N(0, 0.02 / sqrt(2 n_layer)); biases start at 0.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": LayerNorm(config),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer["wte"].weight
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, last_only: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """
+        Args:
+            idx: (B, T), int64, tokens; T at most ``block_size``.
+            targets: (B, T), int64, the token that follows each; -100 counts nowhere.
+            last_only: make logits for the last position alone, as generation needs them.
+        Returns:
+            Without targets: logits, (B, T, vocab_size) or (B, 1, vocab_size), and None.
+            With targets: None (the logits never exist) and the mean loss, a scalar in fp32. The rows that pad the
+            vocabulary take part in its softmax; no target names them, and training soon drives them to zero.
+        Raises:
+            ValueError: T is longer than ``block_size``.
+        """
+        _, T = idx.shape
+        if self.config.block_size < T:
+            raise ValueError(f"GPT: idx must hold at most block_size {self.config.block_size} tokens a row, got {T}")
+        dropout_p = self.config.dropout if self.training else 0.0
+        x = self.transformer["wte"](idx) + self.transformer["wpe"].weight[:T]  # (B, T, C)
+        x, residual = ops.dropout(x, dropout_p), None
+        for block in self.transformer["h"]:
+            x, residual = block(x, residual)  # two of (B, T, C)
+        x, _ = self.transformer["ln_f"].add(x, residual, dropout_p)  # (B, T, C)
+        if targets is not None:
+            return None, ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        logits = self.lm_head(x[:, -1:] if last_only else x)  # (B, T or 1, V)
+        return logits[..., : self.config.vocab_size], None
+
+    def num_params(self, *, positions: bool = True) -> int:
+        """Parameters, shared ones once; ``positions=False`` leaves out wpe, as nanoGPT counts."""
+        count = sum(p.numel() for p in self.parameters())
+        return count if positions else count - self.transformer["wpe"].weight.numel()
+
+    def flops_per_token(self) -> int:
+        """FLOPs of one token's training step, forward and backward, at a context of ``block_size``.
+
+        6 for each weight of a matrix product (2 forward, 4 backward; embeddings are looked up, layer norms and biases
+        left out), and 12 * n_layer * n_embd * block_size for q k^T and its product with v, the causal half not taken
+        off (Chowdhery et al., 2022, appendix B).
+        """
+        c = self.config
+        matrices = c.n_layer * 12 * c.n_embd**2 + c.padded_vocab_size * c.n_embd
+        return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+class Bigram(nn.Module):
+    """The baseline of the lecture: a table of logits for the next token, looked up by the present one."""
+
+    def __init__(self, config: BigramConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding_table = nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, last_only: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As ``GPT.forward``; any T."""
+        logits = self.token_embedding_table(idx[:, -1:] if last_only else idx)  # (B, T or 1, V)
+        if targets is None:
+            return logits, None
+        return None, ops.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def num_params(self) -> int:
+        """Parameters of the table."""
+        return self.token_embedding_table.weight.numel()

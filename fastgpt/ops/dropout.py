@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastgpt import dispatch
+from fastgpt.ops.checks import check_dropout, check_tensor
+from fastgpt.ops.seed import seed_for
+
+
+def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """Set elements of ``x`` to 0 with probability ``p`` and divide the others by 1 - p (Srivastava et al., 2014).
+
+    There is no training flag: in evaluation pass p = 0, which returns ``x`` itself.
+
+    Args:
+        x: any shape, fp32, fp16 or bf16.
+        p: probability that an element is dropped, in [0, 1).
+        seed: int64 tensor of one element that determines the mask (``fastgpt.reference.dropout_mask``); None draws one
+            from the device's default generator.
+        backend: "reference", "torch", "triton", "cpp" or "cuda"; None asks ``fastgpt.dispatch``.
+    Returns:
+        The shape and dtype of ``x``; gradients flow to ``x``.
+    Raises:
+        TypeError: an argument that is not a tensor or number.
+        ValueError: a wrong dtype or device, ``p`` outside [0, 1), or a backend that cannot run it, with the reason.
+    """
+    check_tensor("dropout", "x", x, rank=x.dim() if isinstance(x, Tensor) else None)
+    check_dropout("dropout", p, seed, x, p_name="p")
+    return dispatch.run("dropout", backend, x, p, seed_for(p, seed, x.device))

@@ -1,0 +1,93 @@
+"""AdamW on ``ops.adamw_``, its parameter groups, and the learning rate's schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import ops
+from fastgpt.config import TrainConfig
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019) that updates a whole parameter group by one call of ``ops.adamw_``.
+
+    Args:
+        params: parameters or parameter groups, each group on one device.
+        lr, betas, eps, weight_decay: as in ``ops.adamw_``; ``lr`` is a float, changed through ``param_groups``.
+        backend: of ``ops.adamw_``; None asks ``fastgpt.dispatch`` at each step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.backend = backend
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; with ``closure``, after calling it. Returns its value."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if "step" not in group:
+                group["step"] = torch.zeros((), device=params[0].device)
+            group["step"] += 1
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            ops.adamw_(
+                params,
+                [p.grad for p in params if p.grad is not None],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                group["step"],
+                lr=torch.full_like(group["step"], group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                backend=self.backend,
+            )
+        return result
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW with weight decay on matrices and embeddings, none on biases and layer norms."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2))
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of 0-based ``step``: linear warmup to ``lr``, then a cosine down to ``min_lr``, then ``min_lr``."""
+    if step < config.warmup_iters:
+        return config.lr * (step + 1) / (config.warmup_iters + 1)
+    end = config.lr_decay_iters or config.max_iters
+    if step >= end:
+        return config.min_lr
+    progress = (step - config.warmup_iters) / max(1, end - config.warmup_iters)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.lr - config.min_lr)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """The gradients of the parameters that have one."""
+    return [p.grad for p in model.parameters() if p.grad is not None]
