@@ -199,7 +199,7 @@ def run(op: str, backend: str | None, *args: Any) -> Any:
 def reason_against(
     op: str, backend: str, device_type: str, dtype: torch.dtype, args: tuple[Any, ...] | None = None
 ) -> str | None:
-    """Why ``backend`` cannot run ``op``, in one sentence, or None where it can; without ``args`` shapes are left out."""
+    """Why ``backend`` cannot run ``op``, in one sentence, or None; without ``args`` shapes are left out."""
     entry = _table[op].get(backend)
     if entry is None:
         return _absent.get(backend, f"the {backend} backend has no {op}")

@@ -93,6 +93,28 @@ class Block(nn.Module):
         return self.mlp(y), residual
 
 
+class Transformer(nn.Module):
+    """Everything of a GPT but its output layer: the embeddings, the blocks and the last norm."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config)
+        self.dropout = config.dropout
+
+    def forward(self, idx: Tensor) -> Tensor:
+        dropout_p = self.dropout if self.training else 0.0
+        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]  # (B, T, C)
+        x = ops.dropout(x, dropout_p)
+        residual: Tensor | None = None
+        for block in self.h:
+            x, residual = block(x, residual)  # two of (B, T, C)
+        assert residual is not None
+        return self.ln_f.add(x, residual, dropout_p)[0]  # (B, T, C)
+
+
 class GPT(nn.Module):
     """A GPT-2-shaped language model (Radford et al., 2019).
 
@@ -103,17 +125,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": LayerNorm(config),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
-            self.lm_head.weight = self.transformer["wte"].weight
+            self.lm_head.weight = self.transformer.wte.weight
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -135,17 +150,14 @@ class GPT(nn.Module):
             With targets: None (the logits never exist) and the mean loss, a scalar in fp32. The rows that pad the
             vocabulary take part in its softmax; no target names them, and training soon drives them to zero.
         Raises:
-            ValueError: T is longer than ``block_size``.
+            ValueError: idx is not (B, T) or longer than ``block_size``, or targets are shaped otherwise.
         """
-        _, T = idx.shape
-        if self.config.block_size < T:
-            raise ValueError(f"GPT: idx must hold at most block_size {self.config.block_size} tokens a row, got {T}")
-        dropout_p = self.config.dropout if self.training else 0.0
-        x = self.transformer["wte"](idx) + self.transformer["wpe"].weight[:T]  # (B, T, C)
-        x, residual = ops.dropout(x, dropout_p), None
-        for block in self.transformer["h"]:
-            x, residual = block(x, residual)  # two of (B, T, C)
-        x, _ = self.transformer["ln_f"].add(x, residual, dropout_p)  # (B, T, C)
+        _check_tokens("GPT", idx, targets)
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"GPT: idx must have at most block_size {self.config.block_size} columns, got {idx.shape[1]}"
+            )
+        x = self.transformer(idx)  # (B, T, C)
         if targets is not None:
             return None, ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x[:, -1:] if last_only else x)  # (B, T or 1, V)
@@ -154,7 +166,7 @@ class GPT(nn.Module):
     def num_params(self, *, positions: bool = True) -> int:
         """Parameters, shared ones once; ``positions=False`` leaves out wpe, as nanoGPT counts."""
         count = sum(p.numel() for p in self.parameters())
-        return count if positions else count - self.transformer["wpe"].weight.numel()
+        return count if positions else count - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self) -> int:
         """FLOPs of one token's training step, forward and backward, at a context of ``block_size``.
@@ -180,6 +192,7 @@ class Bigram(nn.Module):
         self, idx: Tensor, targets: Tensor | None = None, *, last_only: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
         """As ``GPT.forward``; any T."""
+        _check_tokens("Bigram", idx, targets)
         logits = self.token_embedding_table(idx[:, -1:] if last_only else idx)  # (B, T or 1, V)
         if targets is None:
             return logits, None
@@ -188,3 +201,10 @@ class Bigram(nn.Module):
     def num_params(self) -> int:
         """Parameters of the table."""
         return self.token_embedding_table.weight.numel()
+
+
+def _check_tokens(model: str, idx: Tensor, targets: Tensor | None) -> None:
+    if idx.dim() != 2:
+        raise ValueError(f"{model}: idx must have shape (B, T), got {tuple(idx.shape)}")
+    if targets is not None and targets.shape != idx.shape:
+        raise ValueError(f"{model}: targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")

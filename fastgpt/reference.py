@@ -25,8 +25,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
-# Counters per block of a mask made on the CPU: the ten rounds then run inside the L2 cache (8 bytes a counter and word),
-# which is 10 times faster than sweeping a whole attention mask through memory for each of the 100 operations.
+# Counters per block of a mask made on the CPU. The ten rounds then run inside the L2 cache (8 bytes a counter and
+# word), 10 times faster than if each of their 100 operations swept a whole attention mask through memory.
 _CPU_BLOCK = 1 << 16
 
 
@@ -42,10 +42,10 @@ def philox_4x32(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor
     rounds = torch.arange(_ROUNDS, device=seed.device)
     keys0 = (seed + rounds * _KEY_STEPS[0]) & _WORD
     keys1 = ((seed >> 32) + rounds * _KEY_STEPS[1]) & _WORD
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = (torch.as_tensor(word, device=seed.device) for word in counter)
     for r in range(_ROUNDS):
-        # A product of two 32-bit words wraps past int64's sign, which leaves its 64 bits right; the shift then drags the
-        # sign in from above, and the mask takes it off. Low halves keep their high bits until the next mask.
+        # A product of two 32-bit words wraps past int64's sign, which leaves its 64 bits right; the shift then drags
+        # the sign in from above, and the mask takes it off. Low halves keep their high bits until the next mask.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = ((p1 >> 32) ^ c1 ^ keys0[r]) & _WORD, p1
         c2, c3 = ((p0 >> 32) ^ c3 ^ keys1[r]) & _WORD, p0
@@ -71,7 +71,7 @@ def dropout_mask(shape: tuple[int, ...], p: float, seed: Tensor) -> Tensor:
     return _in_blocks((numel + 3) // 4, 1, seed.device, block).flatten()[:numel].view(shape)
 
 
-def attention_dropout_mask(shape: tuple[int, int, int, int], p: float, seed: Tensor) -> Tensor:
+def attention_dropout_mask(shape: tuple[int, ...], p: float, seed: Tensor) -> Tensor:
     """True where attention keeps a probability: bool, of ``shape`` (B, H, Tq, Tk), on ``seed``'s device.
 
     Element (row, key), row = (b * H + h) * Tq + query, takes word key % 4 of counter (key // 4, low, high of row, 0).

@@ -43,13 +43,11 @@ def adamw_(
     for name, tensors in (("params", params), ("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         check_tensor_list(op, name, tensors)
         if len(tensors) != len(params):
-            raise ValueError(
-                f"{op}: {name} must hold {len(params)} tensors, one for each of params, got {len(tensors)}"
-            )
+            raise ValueError(f"{op}: {name} must hold {len(params)} tensors, as params does, got {len(tensors)}")
         for index, (x, param) in enumerate(zip(tensors, params, strict=True)):
             if x.shape != param.shape or x.device != param.device:
                 raise ValueError(
-                    f"{op}: {name}[{index}] must have shape {tuple(param.shape)} on {param.device} like params[{index}], "
+                    f"{op}: {name}[{index}] must have shape {tuple(param.shape)} on {param.device} as params has, "
                     f"got {tuple(x.shape)} on {x.device}"
                 )
     for name, scalar in (("step", step), ("lr", lr)):
@@ -57,8 +55,8 @@ def adamw_(
             raise TypeError(f"{op}: {name} must be an fp32 tensor of one element, got {type(scalar).__name__}")
         if scalar.dtype != torch.float32 or scalar.numel() != 1 or scalar.device != params[0].device:
             raise ValueError(
-                f"{op}: {name} must be an fp32 tensor of one element on {params[0].device}, got {scalar.dtype} of shape "
-                f"{tuple(scalar.shape)} on {scalar.device}"
+                f"{op}: {name} must be an fp32 tensor of one element on {params[0].device}, "
+                f"got {scalar.dtype} of shape {tuple(scalar.shape)} on {scalar.device}"
             )
     if not (isinstance(betas, tuple) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(f"{op}: betas must be two numbers in [0, 1), got {betas!r}")
