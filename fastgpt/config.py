@@ -115,7 +115,7 @@ class TrainConfig:
     """
 
     data: str = _option("shakespeare", '"shakespeare", "stdlib" (Python\'s own sources), or a text file or folder')
-    backend: str = _option("auto", 'backend of all ops, or "op=backend,..."; `fastgpt explain` lists what can run')
+    backend: str = _option("", 'of all ops, or "op=backend,..."; default: FASTGPT_BACKEND, else "auto"')
     device: str = _option("auto", '"cpu", "cuda" or "cuda:N"; auto: cuda where there is one')
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = _option(
         "auto", "of matrix products and activations; auto: bf16 (or fp16) on a GPU, fp32 on a CPU"

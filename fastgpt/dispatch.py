@@ -2,7 +2,7 @@
 
 One table holds, per op and backend, the function and the device types, dtypes and shapes it takes. ``resolve`` reads it
 and never tries a backend to find out. The nearest choice wins: ``backend=`` on a call, then the innermost
-``use_backend``, then ``FASTGPT_BACKEND``, then "auto", which takes the first backend of ``FASTEST`` that can run.
+``use_backend``, then ``FASTGPT_BACKEND``, then "auto", which takes the first backend of ``PREFERRED`` that can run.
 Nothing falls back silently: a named backend that cannot run raises its reason, and ``explain`` prints every reason.
 """
 
@@ -35,8 +35,9 @@ OPS = (
 BACKENDS = ("reference", "torch", "triton", "cpp", "cuda")
 AUTO = "auto"
 
-# The order in which "auto" tries the backends, fastest first, by device type (docs/measured.md has the figures).
-FASTEST = {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")}
+# The order in which "auto" tries the backends, by device type. On the CPU it is measured (docs/measured.md); no GPU has
+# been measured yet, and there PyTorch's fused functions simply go before the plain algebra.
+PREFERRED = {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")}
 
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -126,7 +127,12 @@ class _State(threading.local):
 _state = _State()
 
 
-def _choice() -> dict[str, str]:
+def current_choice() -> dict[str, str]:
+    """{op: backend} as chosen by use_backend in this thread, else by FASTGPT_BACKEND; what is missing is "auto".
+
+    Raises:
+        ValueError: FASTGPT_BACKEND names an unknown op or backend.
+    """
     if _state.choice is not None:
         return _state.choice
     if isinstance(_environment, ValueError):
@@ -158,7 +164,7 @@ class use_backend:
 
     def __enter__(self) -> None:
         self._before = _state.choice
-        _state.choice = {**_choice(), **self._chosen}
+        _state.choice = {**current_choice(), **self._chosen}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -173,14 +179,14 @@ def resolve(op: str, backend: str | None, *args: Any) -> Entry:
         ValueError: an unknown backend, or one that cannot run this op here, with the reason.
     """
     x = _leading_tensor(args)
-    name = _choice().get(op, AUTO) if backend is None else backend
+    name = current_choice().get(op, AUTO) if backend is None else backend
     if name != AUTO:
         reason = reason_against(op, name, x.device.type, x.dtype, args)
         if reason is not None:
             _check_backend(name, op)
             raise ValueError(f"{op}: backend {name!r} cannot run here: {reason}")
         return _table[op][name]
-    for candidate in FASTEST.get(x.device.type, ()):
+    for candidate in PREFERRED.get(x.device.type, ()):
         if reason_against(op, candidate, x.device.type, x.dtype, args) is None:
             return _table[op][candidate]
     raise ValueError(f"{op}: no backend takes {_dtype_name(x.dtype)} tensors on device {x.device.type!r} here")
@@ -220,13 +226,13 @@ def explain(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> lis
     """
     rows = []
     for op in OPS:
-        name = _choice().get(op, AUTO)
+        name = current_choice().get(op, AUTO)
         reasons = {b: reason_against(op, b, device_type, dtype) for b in BACKENDS}
         if name == AUTO:
-            able = [b for b in FASTEST.get(device_type, ()) if reasons[b] is None]
+            able = [b for b in PREFERRED.get(device_type, ()) if reasons[b] is None]
             chosen = able[0] if able else None
-            why = f"auto: the fastest measured on {device_type}" if able else "no backend can run here"
-            passed_over = f"it can run, but {chosen} is faster on {device_type}"
+            why = f"auto prefers it on {device_type}" if able else "no backend can run here"
+            passed_over = f"it can run, but auto prefers {chosen} on {device_type}"
         else:
             chosen = name if reasons[name] is None else None
             why = "chosen by " + ("use_backend" if _state.choice is not None else "FASTGPT_BACKEND")

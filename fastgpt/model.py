@@ -49,7 +49,7 @@ class CausalSelfAttention(nn.Module):
         if self.fused:
             y = ops.attention_qkvpacked(qkv, dropout_p=dropout_p)  # (B, T, H, D)
         else:
-            q, k, v = qkv.transpose(1, 3).unbind(2)  # three of (B, H, T, D)
+            q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # three of (B, H, T, D)
             att = ops.softmax(q @ k.mT, scale=q.shape[-1] ** -0.5, is_causal=True)  # (B, H, T, T)
             y = (ops.dropout(att, dropout_p) @ v).transpose(1, 2)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))  # (B, T, C)

@@ -48,15 +48,16 @@ class AdamW(torch.optim.Optimizer):
             if "step" not in group:
                 group["step"] = torch.zeros((), device=params[0].device)
             group["step"] += 1
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states, strict=True):
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
             ops.adamw_(
                 params,
-                [p.grad for p in params if p.grad is not None],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 group["step"],
                 lr=torch.full_like(group["step"], group["lr"]),
                 betas=group["betas"],

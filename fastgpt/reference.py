@@ -133,7 +133,8 @@ def attention_qkvpacked(
     seqlens_k: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, T, 3, H, D) -> three of (B, H, T, D)
+    # (B, T, 3, H, D) -> three of (B, H, T, D); taken apart first, so that their gradients are put together in place
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     return attention(q, k, v, is_causal, dropout_p, scale, seqlens_k, seed).transpose(1, 2)
 
 
@@ -206,14 +207,15 @@ def adamw_(
 ) -> None:
     beta1, beta2 = betas
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    kept = 1 - lr * weight_decay
     for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         g = _acc(grad)
-        first = _acc(exp_avg) * beta1 + g * (1 - beta1)
-        second = _acc(exp_avg_sq) * beta2 + g * g * (1 - beta2)
-        update = (first / correction1) / ((second / correction2).sqrt() + eps)
+        first = (_acc(exp_avg) * beta1).add_(g, alpha=1 - beta1)
+        second = (_acc(exp_avg_sq) * beta2).addcmul_(g, g, value=1 - beta2)
+        update = (first / correction1).div_((second / correction2).sqrt_().add_(eps))
         exp_avg.copy_(first)
         exp_avg_sq.copy_(second)
-        param.copy_(_acc(param) * (1 - lr * weight_decay) - lr * update)
+        param.copy_((_acc(param) * kept).sub_(update.mul_(lr)))
 
 
 def clip_grad_norm_(grads: list[Tensor], max_norm: float) -> Tensor:

@@ -51,7 +51,8 @@ def attention_qkvpacked(
     seqlens_k: Tensor | None,
     seed: Tensor | None,
 ) -> Tensor:
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, T, 3, H, D) -> three of (B, H, T, D)
+    # (B, T, 3, H, D) -> three of (B, H, T, D); taken apart first, so that their gradients are put together in place
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     return attention(q, k, v, is_causal, dropout_p, scale, seqlens_k, seed).transpose(1, 2)
 
 

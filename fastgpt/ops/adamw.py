@@ -40,16 +40,20 @@ def adamw_(
             run it, with the reason.
     """
     op = "adamw_"
-    for name, tensors in (("params", params), ("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+    check_tensor_list(op, "params", params)
+    shapes = [x.shape for x in params]
+    for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         check_tensor_list(op, name, tensors)
         if len(tensors) != len(params):
             raise ValueError(f"{op}: {name} must hold {len(params)} tensors, as params does, got {len(tensors)}")
-        for index, (x, param) in enumerate(zip(tensors, params, strict=True)):
-            if x.shape != param.shape or x.device != param.device:
-                raise ValueError(
-                    f"{op}: {name}[{index}] must have shape {tuple(param.shape)} on {param.device} as params has, "
-                    f"got {tuple(x.shape)} on {x.device}"
-                )
+        if tensors[0].device != params[0].device:
+            raise ValueError(f"{op}: {name} must be on params' device {params[0].device}, got {tensors[0].device}")
+        if [x.shape for x in tensors] != shapes:
+            at = next(i for i, x in enumerate(tensors) if x.shape != shapes[i])
+            raise ValueError(
+                f"{op}: {name}[{at}] must have shape {tuple(shapes[at])} as params[{at}] has, "
+                f"got {tuple(tensors[at].shape)}"
+            )
     for name, scalar in (("step", step), ("lr", lr)):
         if not isinstance(scalar, Tensor):
             raise TypeError(f"{op}: {name} must be an fp32 tensor of one element, got {type(scalar).__name__}")

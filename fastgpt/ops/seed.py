@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 # A dispatcher op and not torch.randint itself: the tag keeps the compiler from drawing another number than eager mode
-# does, and from drawing it anew in the backward. It does not keep AOTAutograd from merging two draws into one, as it does
-# with any two calls of the same arguments; aten.empty is never merged, so each draw fills an empty tensor of its own.
+# does, and from drawing it anew in the backward. It does not keep AOTAutograd from merging two draws into one, as it
+# merges any two calls of the same arguments; aten.empty it never merges, so each draw is given an empty tensor.
 _library = torch.library.Library("fastgpt", "DEF")
 _library.define("draw_seed(Tensor empty) -> Tensor", tags=[torch.Tag.nondeterministic_seeded])
 

@@ -1,0 +1,234 @@
+"""A run's folder: its settings, and checkpoints that are whole at every moment.
+
+    RUN/config.json          the model's and the run's settings, and the versions they ran with
+    RUN/tokenizer.json       the tokenizer
+    RUN/metrics.jsonl        see fastgpt.metrics
+    RUN/checkpoints.json     {"last": "step-00000500", "best": "step-00000250"}
+    RUN/checkpoints/step-N/  model.safetensors    weights, under GPT-2's names
+                             training.safetensors AdamW's moments, and the states of the random generators
+                             state.json           step, losses, elapsed seconds, gradient scaler
+
+A checkpoint is written beside the others under a passing name, renamed when it is whole, and only then pointed at by
+checkpoints.json, which is itself replaced in one step. Killed at any moment, a run leaves what it pointed at before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastgpt.config import MODEL_CONFIGS, BigramConfig, ModelConfig, TrainConfig, UserError, field_types
+from fastgpt.files import write_atomically
+from fastgpt.model import GPT, Bigram
+from fastgpt.optim import AdamW
+from fastgpt.tokenizer import CharTokenizer
+
+Which = Literal["last", "best"]
+
+CHECKPOINTS = "checkpoints.json"
+
+
+@dataclass
+class RunState:
+    """Where a run stands: what state.json holds."""
+
+    step: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    elapsed_s: float = 0.0
+    scaler: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def build_model(config: ModelConfig) -> GPT | Bigram:
+    return Bigram(config) if isinstance(config, BigramConfig) else GPT(config)
+
+
+def write_config(run: Path, model: ModelConfig, train: TrainConfig, tokenizer: CharTokenizer, **more: Any) -> None:
+    """Write config.json and tokenizer.json; ``more`` goes into the former."""
+    kind = next(name for name, cls in MODEL_CONFIGS.items() if isinstance(model, cls))
+    settings = {
+        **more,
+        "model": {"type": kind, **dataclasses.asdict(model)},
+        "train": dataclasses.asdict(train),
+    }
+    write_atomically(run / "tokenizer.json", _json_bytes(tokenizer.to_json()))
+    write_atomically(run / "config.json", _json_bytes(settings))
+
+
+def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, CharTokenizer]:
+    """
+    Raises:
+        UserError: no run there, or settings that cannot be read.
+    """
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run}: there is no run in this folder (no config.json)")
+    settings = _read_json(run / "config.json")
+    model, train = dict(settings.get("model", {})), settings.get("train", {})
+    config = MODEL_CONFIGS.get(model.pop("type", ""))
+    if config is None:
+        raise UserError(f"{run / 'config.json'}: the model's type must be one of {', '.join(MODEL_CONFIGS)}")
+    for section, cls in ((model, config), (train, TrainConfig)):
+        unknown = section.keys() - field_types(cls).keys()
+        if unknown:
+            raise UserError(f"{run / 'config.json'}: unknown setting {min(unknown)!r}")
+    return config(**model), TrainConfig(**train), CharTokenizer.from_json(_read_json(run / "tokenizer.json"))
+
+
+def save_checkpoint(run: Path, state: RunState, model: nn.Module, optimizer: AdamW, best: bool) -> Path:
+    """Write a checkpoint, point "last" (and "best") at it, delete those that nothing points at. Returns its folder."""
+    pointers = _pointers(run)
+    name = f"step-{state.step:08d}"
+    folder = run / "checkpoints" / name
+    if name not in pointers.values():
+        shutil.rmtree(folder, ignore_errors=True)  # whole, but never pointed at: a kill came between
+        made = folder.with_name(f".new-{name}")
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
+        save_file(_weights(model), made / "model.safetensors")
+        save_file(_training_tensors(model, optimizer), made / "training.safetensors")
+        (made / "state.json").write_bytes(_json_bytes(dataclasses.asdict(state)))
+        for path in [*made.iterdir(), made]:
+            _sync(path)
+        made.rename(folder)
+        _sync(folder.parent)
+    pointers["last"] = name
+    if best or "best" not in pointers:
+        pointers["best"] = name
+    write_atomically(run / CHECKPOINTS, _json_bytes(pointers))
+    for other in folder.parent.iterdir():
+        if other.name not in pointers.values():
+            shutil.rmtree(other)
+    return folder
+
+
+def find_checkpoint(run: Path, which: Which = "last") -> Path:
+    """The folder of the last or best checkpoint.
+
+    Raises:
+        UserError: the run has none.
+    """
+    pointers = _pointers(run)
+    if which not in pointers:
+        raise UserError(f"{run}: this run has no checkpoint yet")
+    return run / "checkpoints" / pointers[which]
+
+
+def load_model(run: Path, which: Which = "best") -> tuple[GPT | Bigram, CharTokenizer, TrainConfig, RunState]:
+    """The model of a run's checkpoint, on the CPU and in evaluation mode, and what belongs to it.
+
+    Raises:
+        UserError: no run or checkpoint there, or a damaged one.
+    """
+    config, train, tokenizer = read_config(run)
+    folder = find_checkpoint(run, which)
+    model = build_model(config)
+    load_weights(model, folder / "model.safetensors")
+    return model.eval(), tokenizer, train, read_state(folder)
+
+
+def read_state(folder: Path) -> RunState:
+    data = _read_json(folder / "state.json")
+    try:
+        return RunState(**data)
+    except TypeError as error:
+        raise UserError(f"{folder / 'state.json'}: damaged: {error}") from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """
+    Raises:
+        UserError: a damaged file, or tensors that are not the model's.
+    """
+    tensors = _load_tensors(path)
+    own = _weights(model)
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise UserError(f"{path}: damaged: it lacks {name}")
+        if tensors[name].shape != tensor.shape:
+            raise UserError(f"{path}: {name} must have shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
+    """Put AdamW's moments and the random generators back to where ``folder`` left them.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    path = folder / "training.safetensors"
+    tensors = _load_tensors(path)
+    try:
+        for group in optimizer.param_groups:
+            group["step"] = tensors["step"].to(group["params"][0].device, copy=True)
+        for name, param in model.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[param][moment] = tensors[f"{moment}.{name}"].to(param.device)
+        torch.set_rng_state(tensors["rng.cpu"])
+        device = next(model.parameters()).device
+        if device.type == "cuda" and "rng.cuda" in tensors:  # a run that moved to a GPU goes on from its seed
+            torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    except KeyError as error:
+        raise UserError(f"{path}: damaged: it lacks {error}") from error
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters, a shared one once under its first name."""
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def _training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    tensors = {"step": optimizer.param_groups[0]["step"], "rng.cpu": torch.get_rng_state()}
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    for name, param in model.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = optimizer.state[param][moment]
+    return tensors
+
+
+def _pointers(run: Path) -> dict[str, str]:
+    path = run / CHECKPOINTS
+    return _read_json(path) if path.is_file() else {}
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: damaged: it must hold one JSON object")
+    return data
+
+
+def _json_bytes(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

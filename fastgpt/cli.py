@@ -1,0 +1,339 @@
+"""The ``fastgpt`` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import fastgpt
+from fastgpt import dispatch
+from fastgpt.checkpoint import Which, find_checkpoint, load_model, read_config
+from fastgpt.config import MODEL_CONFIGS, PRESETS, ModelConfig, TrainConfig, UserError, field_types
+from fastgpt.data import Batches, load_dataset
+from fastgpt.generate import check_sampling, generate
+from fastgpt.train import DTYPES, Trainer, TrainingError, device_name, mean_loss, pick_backend, pick_device, pick_dtype
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# What typer raises on a wrong command line: its own since it carries click inside, click's before.
+_USAGE_ERROR: Any = getattr(typer, "TyperException", None) or importlib.import_module("click").ClickException
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train a GPT whose hot operations run on interchangeable kernels.",
+)
+
+_DeviceOption = Annotated[
+    str, typer.Option("--device", help='"cpu", "cuda" or "cuda:N"; auto: cuda where there is one')
+]
+_BackendOption = Annotated[
+    str, typer.Option("--backend", help='of all ops, or "op=backend,..."; default: FASTGPT_BACKEND, else "auto"')
+]
+_RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="a run's folder")]
+_CheckpointOption = Annotated[Which, typer.Option("--checkpoint", help="the last checkpoint, or the best")]
+
+
+def main() -> NoReturn:
+    """Run the command line: a user's error is one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except (UserError, TrainingError) as error:
+        _fail(str(error), 2 if isinstance(error, UserError) else 1)
+    except _USAGE_ERROR as error:
+        _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone: there is nobody to tell
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print("fastgpt: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(fastgpt.__version__)
+        raise typer.Exit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fastgpt train
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _train(preset: str | None, config: Path | None, out: Path | None, resume: bool, **overrides: Any) -> None:
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if resume:
+        if out is None:
+            raise UserError("--resume needs --out DIR, the folder of the run to continue")
+        if preset or config:
+            raise UserError("--resume takes its settings from the run: leave out --preset and --config")
+        model_config, train_config, _ = read_config(out)
+        find_checkpoint(out)
+        for name in field_types(type(model_config)).keys() & given.keys():
+            if given[name] != getattr(model_config, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} cannot change when a run is resumed: it is "
+                    f"{getattr(model_config, name)}"
+                )
+    else:
+        settings = {**_read_toml(config), **given} if config else given
+        preset = settings.pop("preset", None) if preset is None else preset
+        settings.pop("preset", None)
+        if preset is None:
+            device = pick_device(settings.get("device", "auto"))
+            preset = "shakespeare-cpu" if device.type == "cpu" else "shakespeare"
+        if preset not in PRESETS:
+            raise UserError(f"there is no preset {preset!r}; the presets are {', '.join(PRESETS)}")
+        model_config, train_config = PRESETS[preset].model, PRESETS[preset].train
+        given = settings
+    model_config, train_config = _override(model_config, train_config, given)
+    run = out or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    console = Console(soft_wrap=True, highlight=False)
+    trainer = Trainer(
+        model_config, train_config, run, keep_vocab_size="vocab_size" in given, resume=resume, console=console
+    )
+    console.print(trainer.describe(), markup=False)
+    finished = trainer.run_until_done()
+    state = trainer.state
+    if not finished:
+        saved = f"saved in {find_checkpoint(run)}" if state.step else "nothing to save yet"
+        console.print(f"stopped at step {state.step}, {saved}", markup=False)
+        if state.step:
+            console.print(f"go on with: fastgpt train --resume --out {run}", markup=False)
+        return
+    if train_config.sample_tokens:
+        console.print("\na sample:\n", style="bold")
+        _stream(trainer.model.eval(), trainer.dataset.tokenizer, "\n", train_config.sample_tokens, trainer.device)
+    table = Table(title=f"{run.resolve().name}, {state.step} steps", title_justify="left", show_header=False)
+    batches = f"over {train_config.final_eval_iters} batches"
+    table.add_row("train loss", f"{state.train_loss:.4f}", batches)
+    table.add_row("validation loss", f"{state.val_loss:.4f}", batches)
+    table.add_row("speed", f"{trainer.tokens_per_s:,.0f} tokens/s", f"{device_name(trainer.device)}, training steps")
+    console.print(table)
+    console.print(f"checkpoint: {find_checkpoint(run)}", markup=False)
+    console.print(f"sample from it: fastgpt sample {run}", markup=False)
+
+
+def _train_signature() -> inspect.Signature:
+    """Options for every field of the configs: typed, and None where they are not given."""
+    parameters = [
+        _option("preset", Literal[tuple(PRESETS)], "default: shakespeare-cpu, or shakespeare where there is a GPU"),
+        _option("config", Path, "TOML file of settings, named as these options with underscores"),
+        _option("out", Path, "the run's folder; default: runs/PRESET-TIME"),
+        inspect.Parameter(
+            "resume",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--resume", help="continue the run in --out")],
+        ),
+    ]
+    for config, panel in ((TrainConfig, "Training"), *((c, "Model") for c in MODEL_CONFIGS.values())):
+        types = field_types(config)
+        for field in dataclasses.fields(config):
+            if field.name not in [p.name for p in parameters]:
+                parameters.append(_option(field.name, types[field.name], field.metadata["help"], panel))
+    return inspect.Signature(parameters)
+
+
+def _option(name: str, kind: Any, help: str, panel: str = "Options") -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag, help=help, show_default=False, rich_help_panel=panel
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+_train.__signature__ = _train_signature()  # type: ignore[attr-defined]
+_train.__annotations__ = {p.name: p.annotation for p in _train_signature().parameters.values()}
+app.command(
+    "train",
+    help="Train a model. A setting given here wins over --config, and that over the preset's. Presets:\n\n"
+    + "\n\n".join(f"{name}: {preset.source}" for name, preset in PRESETS.items()),
+)(_train)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file: top-level keys, or tables [model] and [train]."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from error
+    known = {"preset", *field_types(TrainConfig)}.union(*(field_types(c) for c in MODEL_CONFIGS.values()))
+    settings: dict[str, Any] = {}
+    for name, value in data.items():
+        for key, inner in value.items() if name in ("model", "train") and isinstance(value, dict) else [(name, value)]:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                raise UserError(f"{path}: unknown setting {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            settings[key] = inner
+    return settings
+
+
+def _override(model: ModelConfig, train: TrainConfig, given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
+    of_model, of_train = field_types(type(model)), field_types(TrainConfig)
+    for name in given:
+        if name not in of_model and name not in of_train:
+            raise UserError(f"this preset's model has no {name} (it has {', '.join(of_model)})")
+    return (
+        dataclasses.replace(model, **{name: given[name] for name in given if name in of_model}),
+        dataclasses.replace(train, **{name: given[name] for name in given if name in of_train}),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fastgpt sample, eval, explain
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def sample(
+    run: _RunArgument,
+    prompt: Annotated[str, typer.Option(help="text to continue; \\n is a new line")] = "\\n",
+    num_tokens: Annotated[int, typer.Option(min=1, help="tokens to draw")] = 500,
+    temperature: Annotated[float, typer.Option(help="divides the logits; 0: always the most probable token")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from the K most probable tokens")] = None,
+    top_p: Annotated[float | None, typer.Option(help="draw from the fewest tokens that add up to P")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="texts to draw")] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, help="draw the same texts each time")] = None,
+    checkpoint: _CheckpointOption = "best",
+    device: _DeviceOption = "auto",
+    backend: _BackendOption = "",
+) -> None:
+    """Generate text, character by character as it comes."""
+    check_sampling(temperature, top_k, top_p)
+    where = pick_device(device)
+    choice = pick_backend(backend, where, torch.float32)
+    model, tokenizer, _, _ = load_model(run, checkpoint)
+    model.to(where)
+    prompt = prompt.replace("\\n", "\n")
+    if not prompt:
+        raise UserError("--prompt must have at least one character")
+    generator = torch.Generator(where)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    with choice:
+        for index in range(num_samples):
+            if index:
+                print("-" * 40)
+            _stream(
+                model,
+                tokenizer,
+                prompt,
+                num_tokens,
+                where,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                generator=generator,
+            )
+
+
+def _stream(model: Any, tokenizer: Any, prompt: str, num_tokens: int, device: torch.device, **settings: Any) -> None:
+    """Print ``prompt`` and what follows it, each token as soon as it is drawn."""
+    idx = torch.from_numpy(tokenizer.encode(prompt)).to(device)[None]  # (1, T)
+    sys.stdout.write(prompt.lstrip("\n"))
+    for token in generate(model, idx, num_tokens, **settings):
+        sys.stdout.write(tokenizer.decode(token[0].tolist()))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command("eval")
+def evaluate(
+    run: _RunArgument,
+    eval_iters: Annotated[int | None, typer.Option(min=1, help="batches averaged; default: as the run ends")] = None,
+    checkpoint: _CheckpointOption = "best",
+    device: _DeviceOption = "auto",
+    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="default: the run's")] = None,
+    backend: _BackendOption = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Average a checkpoint's loss over batches of its data."""
+    where = pick_device(device)
+    model, tokenizer, config, state = load_model(run, checkpoint)
+    of = pick_dtype(dtype or config.dtype, where)
+    choice = pick_backend(backend, where, of)
+    console = Console(stderr=as_json, soft_wrap=True, highlight=False)
+    dataset = load_dataset(config.data, model.config.block_size, tokenizer, notify=console.print)
+    count = eval_iters or config.final_eval_iters
+    autocast = torch.autocast(where.type, dtype=of, enabled=of != torch.float32)
+    model.to(where)
+    losses = {}
+    with choice:
+        for split, tokens in (("train", dataset.train), ("val", dataset.val)):
+            batches = Batches(
+                tokens, config.batch_size, model.config.block_size, config.seed, f"evaluate {split}", where
+            )
+            losses[split] = mean_loss(model, batches, count, autocast)
+    if as_json:
+        print(json.dumps({"step": state.step, "batches": count, **losses}))
+        return
+    table = Table(title=f"{run.resolve().name}, step {state.step}, {count} batches", title_justify="left")
+    for heading in ("split", "loss", "perplexity"):
+        table.add_column(heading)
+    for split, loss in losses.items():
+        table.add_row(split, f"{loss:.4f}", f"{torch.tensor(loss).exp():.3f}")
+    console.print(table)
+
+
+@app.command()
+def explain(
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    device: _DeviceOption = "auto",
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="of the tensors")] = "fp32",
+) -> None:
+    """Which backend runs each op on this machine, and why each of the others does not."""
+    where = pick_device(device)
+    try:
+        rows = dispatch.explain(where.type, DTYPES[dtype])
+    except ValueError as error:  # a FASTGPT_BACKEND that names nothing
+        raise UserError(str(error)) from error
+    if as_json:
+        machine = {"fastgpt": fastgpt.__version__, "torch": torch.__version__, "device": device_name(where)}
+        print(json.dumps({**machine, "dtype": dtype, "ops": rows}, indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(f"fastgpt {fastgpt.__version__}, torch {torch.__version__}, {device_name(where)}, {dtype}\n")
+    table = Table("op", "runs on", "because", "note")
+    for row in rows:
+        table.add_row(row["op"], row["backend"] or "nothing", row["why"], row["note"])
+    console.print(table)
+    table = Table("backend", "does not run", "because")
+    for backend in dispatch.BACKENDS:
+        ops_of: dict[str, list[str]] = {}
+        for row in rows:
+            if backend in row["others"]:
+                ops_of.setdefault(row["others"][backend], []).append(row["op"])
+        for reason, names in ops_of.items():
+            table.add_row(backend, "any op" if len(names) == len(rows) else ", ".join(names), reason)
+    console.print(table)

@@ -1,0 +1,57 @@
+"""What every test gets: the two tiers, a fixed seed, and memory that is NaN until someone writes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the tests marked full, and only those")
+
+
+def pytest_configure() -> None:
+    # The tensors here are small. A second thread gains nothing on them, and where other work keeps the machine's cores
+    # busy, waiting for it makes the tests ten times slower.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    full = config.getoption("--full")
+    deselected = [item for item in items if (item.get_closest_marker("full") is not None) != full]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if (item.get_closest_marker("full") is not None) == full]
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name dtypes and shapes in the tests' ids, where pytest would only number them."""
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    if isinstance(val, tuple) and all(type(size) is int for size in val):
+        return "x".join(map(str, val)) or "scalar"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Every tensor made by torch.empty and its kin comes out as NaN (the largest number, for integers).
+
+    A kernel that leaves an element of its output unwritten, or adds to memory that it never cleared, then fails
+    instead of passing on the zeros that fresh memory often holds.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

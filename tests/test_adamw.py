@@ -1,0 +1,210 @@
+"""adamw_, the op. Its optimizer class and schedule are tested with training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from error_rule import BACKENDS, DEVICE, check_in_place, sample
+from torch import Tensor
+
+from fastgpt import dispatch, ops
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+SIZES = [(1,), (3, 5), (65,), (64, 33), (), (2, 3, 4), (0, 4)]
+# Each step's gradient is the first one's times a power of two, which is exact in every dtype.
+FACTORS = (1.0, -2.0, 0.5, 4.0, -0.25)
+DEFAULTS = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def state(sizes: list[tuple[int, ...]], dtype: torch.dtype = F32, state_dtype: torch.dtype | None = None) -> dict:
+    """Lists to call adamw_ with; the means start at zero."""
+    params = [sample(*size, dtype=dtype) for size in sizes]
+    zeros = [torch.zeros(size, dtype=state_dtype or dtype, device=DEVICE) for size in sizes]
+    return {
+        "params": params,
+        "grads": [sample(*size, dtype=dtype, mean=0.1) for size in sizes],
+        "exp_avgs": zeros,
+        "exp_avg_sqs": [zero.clone() for zero in zeros],
+    }
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    backend: str | None,
+    lr: float,
+    **options: object,
+) -> None:
+    """The op for as many steps as there are factors, the learning rate halved after two."""
+    for index, factor in enumerate(FACTORS):
+        ops.adamw_(
+            params,
+            [grad * factor for grad in grads],
+            exp_avgs,
+            exp_avg_sqs,
+            torch.tensor(index + 1.0, device=DEVICE),
+            lr=torch.tensor(lr if index < 2 else lr / 2, device=DEVICE),
+            backend=backend,
+            **options,
+        )
+
+
+def peer(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    lr: float,
+    **options: object,
+) -> None:
+    """torch.optim.AdamW, in the state's dtype where the parameters have another, rounded to theirs after each step."""
+    own = [param.to(exp_avg.dtype, copy=True) for param, exp_avg in zip(params, exp_avgs, strict=True)]
+    lr = torch.tensor(lr).item()
+    optimizer = torch.optim.AdamW(own, lr=lr, foreach=False, fused=False, **options)
+    for index, factor in enumerate(FACTORS):
+        optimizer.param_groups[0]["lr"] = lr if index < 2 else lr / 2
+        for x, grad in zip(own, grads, strict=True):
+            x.grad = (grad * factor).to(x.dtype)
+        optimizer.step()
+        for x, param in zip(own, params, strict=True):
+            param.copy_(x)
+            x.copy_(param)
+    for x, exp_avg, exp_avg_sq in zip(own, exp_avgs, exp_avg_sqs, strict=True):
+        exp_avg.copy_(optimizer.state[x]["exp_avg"])
+        exp_avg_sq.copy_(optimizer.state[x]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_decay": 0.0}, {"betas": (0.8, 0.95), "lr": 0.3}, {"betas": (0.0, 0.0)}, {"eps": 0.1}],
+    ids=lambda options: " ".join(options) or "defaults",
+)
+def test_obeys_the_error_rule_over_several_steps(backend: str, dtype: torch.dtype, options: dict[str, object]) -> None:
+    check_in_place(adamw_, backend, peer, state(SIZES, dtype), **{**DEFAULTS, "eps": 1e-6, **options})
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_half_precision_parameters_keep_fp32_means(backend: str, dtype: torch.dtype) -> None:
+    lists = state(SIZES, dtype, state_dtype=F32)
+    check_in_place(adamw_, backend, peer, lists, **DEFAULTS)
+    adamw_(**lists, backend=backend, **DEFAULTS)
+    assert {x.dtype for x in lists["params"]} == {dtype}
+    assert {x.dtype for x in lists["exp_avgs"] + lists["exp_avg_sqs"]} == {F32}
+
+
+def test_torch_says_that_it_takes_one_dtype_only() -> None:
+    with pytest.raises(ValueError, match=r"^adamw_: backend 'torch' cannot run here: .*fused AdamW needs .* one dtype"):
+        adamw_(**state([(3,)], BF16, state_dtype=F32), backend="torch", **DEFAULTS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_first_step_is_lr_times_the_sign_of_the_gradient(backend: str) -> None:
+    """Bias correction makes it so: without it the first step would be a tenth of that, or three times as much."""
+    param, grad = torch.ones(4, device=DEVICE), torch.tensor([1e-3, -7.0, 2.0, 1e3], device=DEVICE)
+    means = torch.zeros(4, device=DEVICE), torch.zeros(4, device=DEVICE)
+    one, lr = torch.tensor(1.0, device=DEVICE), torch.tensor(0.25, device=DEVICE)
+    options = {"betas": (0.9, 0.999), "eps": 1e-12, "weight_decay": 0.0, "backend": backend}
+    ops.adamw_([param], [grad], [means[0]], [means[1]], one, lr=lr, **options)
+    torch.testing.assert_close(param, torch.tensor([0.75, 1.25, 0.75, 0.75], device=DEVICE), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_changes_what_it_was_given_and_nothing_else(backend: str) -> None:
+    lists = state([(5, 3)])
+    before = {name: tensors[0].clone() for name, tensors in lists.items()}
+    step, lr = torch.tensor([3.0], device=DEVICE), torch.tensor([0.1], device=DEVICE)
+    result = ops.adamw_(*lists.values(), step, lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, backend=backend)
+    assert result is None
+    assert step.tolist() == [3.0]
+    assert lr.tolist() == torch.tensor([0.1]).tolist()
+    assert torch.equal(lists["grads"][0], before["grads"])
+    for name in ("params", "exp_avgs", "exp_avg_sqs"):
+        assert not torch.equal(lists[name][0], before[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_changes_parameters_that_require_gradients(backend: str) -> None:
+    lists = state([(5, 3)])
+    param = torch.nn.Parameter(lists["params"][0])
+    before = param.detach().clone()
+    adamw_(**{**lists, "params": [param]}, backend=backend, **DEFAULTS)
+    assert param.requires_grad
+    assert param.grad_fn is None
+    assert not torch.equal(param, before)
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    return torch.full((*x.shape, 2), 9.0, device=DEVICE)[..., 0].copy_(x)
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT
+
+
+def reason_against(backend: str, lists: dict[str, list[Tensor]]) -> str | None:
+    return (
+        None if backend == "auto" else dispatch.reason_against("adamw_", backend, DEVICE.type, F32, (*lists.values(),))
+    )
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("restride", [with_gaps, transposed], ids=lambda restride: restride.__name__)
+@pytest.mark.parametrize("names", ["params", "grads", "exp_avgs", "params grads exp_avgs exp_avg_sqs"])
+def test_takes_lists_of_any_strides_or_refuses_them(
+    backend: str, restride: Callable[[Tensor], Tensor], names: str
+) -> None:
+    plain = state([(6, 8), (5, 7)])
+    strided = {name: [restride(x) if name in names.split() else x.clone() for x in plain[name]] for name in plain}
+    reason = reason_against(backend, strided)
+    if reason is not None:
+        assert backend != "reference"
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            adamw_(**strided, backend=backend, **DEFAULTS)
+        return
+    adamw_(**strided, backend=backend, **DEFAULTS)
+    adamw_(**plain, backend="reference", **DEFAULTS)
+    for name in plain:
+        for got, wanted in zip(strided[name], plain[name], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_leaves_what_lies_between_strided_elements_alone(backend: str) -> None:
+    lists = state([(6, 8)])
+    lists["params"] = [with_gaps(lists["params"][0])]
+    adamw_(**lists, backend=backend, **DEFAULTS)
+    assert (lists["params"][0]._base[..., 1] == 9).all()
+
+
+@pytest.mark.parametrize("step", [1, 2, 10, 1000, 1_000_000])
+def test_reference_is_pytorch_in_float64_at_any_step(step: int) -> None:
+    generator = state([(4, 5)], F64)
+    param, grad = generator["params"][0], generator["grads"][0]
+    exp_avg, exp_avg_sq = sample(4, 5, dtype=F64), sample(4, 5, dtype=F64).square()
+    own = param.clone()
+    own.grad = grad
+    lr = torch.tensor(0.01).item()
+    optimizer = torch.optim.AdamW([own], lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, foreach=False)
+    optimizer.state[own] = {
+        "step": torch.tensor(float(step - 1)),
+        "exp_avg": exp_avg.clone(),
+        "exp_avg_sq": exp_avg_sq.clone(),
+    }
+    optimizer.step()
+    at = torch.tensor(float(step), device=DEVICE)
+    options = {**DEFAULTS, "lr": torch.tensor(0.01, device=DEVICE)}
+    ops.adamw_([param], [grad], [exp_avg], [exp_avg_sq], at, **options, backend="reference")
+    torch.testing.assert_close(exp_avg, optimizer.state[own]["exp_avg"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(exp_avg_sq, optimizer.state[own]["exp_avg_sq"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(param, own, rtol=1e-12, atol=1e-12)

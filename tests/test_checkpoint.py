@@ -1,0 +1,192 @@
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastgpt import GPT, GPTConfig, checkpoint
+from fastgpt.checkpoint import (
+    RunState,
+    find_checkpoint,
+    load_model,
+    load_training,
+    read_config,
+    save_checkpoint,
+    write_config,
+)
+from fastgpt.config import TrainConfig, UserError
+from fastgpt.files import write_atomically
+from fastgpt.optim import build_optimizer
+from fastgpt.tokenizer import CharTokenizer
+
+CONFIG = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8)
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_config(tmp_path, CONFIG, TrainConfig(), CharTokenizer("abcde"))
+    return tmp_path
+
+
+def stepped_model():
+    model = GPT(CONFIG)
+    optimizer = build_optimizer(model, TrainConfig())
+    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]))[1].backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def save(run: Path, step: int, best: bool = False):
+    model, optimizer = stepped_model()
+    save_checkpoint(run, RunState(step=step), model, optimizer, best)
+    return model, optimizer
+
+
+def test_settings_survive(run):
+    assert read_config(run)[:2] == (CONFIG, TrainConfig())
+    assert read_config(run)[2].characters == "abcde"
+
+
+def test_weights_carry_their_names_once(run):
+    save(run, 1)
+    tensors = load_file(find_checkpoint(run) / "model.safetensors")
+    assert "transformer.h.0.attn.c_attn.weight" in tensors
+    assert "lm_head.weight" not in tensors  # tied to wte
+    assert set(tensors) == {name for name, _ in GPT(CONFIG).named_parameters()}
+
+
+def test_the_optimizer_and_the_random_state_come_back(run):
+    model, optimizer = save(run, 1)
+    wanted = torch.rand(3)  # drawn after the checkpoint
+    other = GPT(CONFIG)
+    loaded = build_optimizer(other, TrainConfig())
+    load_training(find_checkpoint(run), other, loaded)
+    assert torch.equal(torch.rand(3), wanted)
+    for (name, p), (_, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[p][moment], loaded.state[q][moment]), name
+    assert loaded.param_groups[0]["step"] == 1
+
+
+def test_only_what_is_pointed_at_is_kept(run):
+    for step, best in ((1, True), (2, False), (3, True), (4, False), (5, False)):
+        save(run, step, best)
+    assert find_checkpoint(run, "last").name == "step-00000005"
+    assert find_checkpoint(run, "best").name == "step-00000003"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000005"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def calls_that_change_files(run: Path, monkeypatch, stop_at: int | None) -> int:
+    """Save a checkpoint, dying before file-system call number ``stop_at``; returns how many there were."""
+    count = 0
+
+    def counted(real):
+        def call(*args, **kwargs):
+            nonlocal count
+            if count == stop_at:
+                raise Killed
+            count += 1
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for owner, name in (
+            (os, "replace"),
+            (os, "fsync"),
+            (Path, "rename"),
+            (Path, "mkdir"),
+            (Path, "write_bytes"),
+            (shutil, "rmtree"),
+            (checkpoint, "save_file"),
+        ):
+            patched.setattr(owner, name, counted(getattr(owner, name)))
+        with contextlib.suppress(Killed):
+            save(run, 2, best=True)
+    return count
+
+
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_reads(run, monkeypatch):
+    save(run, 1, best=True)
+    shutil.copytree(run, run.parent / "before")
+    calls = calls_that_change_files(run, monkeypatch, None)
+    assert calls > 10
+    seen = set()
+    for moment in range(calls):
+        again = run.parent / f"killed-{moment}"
+        shutil.copytree(run.parent / "before", again)
+        calls_that_change_files(again, monkeypatch, moment)
+        for which in ("last", "best"):
+            model, _, _, state = load_model(again, which)
+            load_training(find_checkpoint(again, which), model, build_optimizer(model, TrainConfig()))
+            seen.add(state.step)
+        save(again, 2)  # and the run can go on
+        assert load_model(again, "last")[3].step == 2
+    assert seen == {1, 2}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+class TestDamage:
+    def test_no_run(self, tmp_path):
+        with pytest.raises(UserError, match="there is no run in this folder"):
+            load_model(tmp_path / "nowhere")
+
+    def test_no_checkpoint_yet(self, run):
+        with pytest.raises(UserError, match="this run has no checkpoint yet"):
+            load_model(run)
+
+    @pytest.mark.parametrize(
+        ("file", "content", "sentence"),
+        [
+            ("config.json", b"{", "config.json: cannot be read"),
+            ("config.json", b"[]", "config.json: damaged: it must hold one JSON object"),
+            ("config.json", b'{"model": {"type": "rnn"}}', "the model's type must be one of gpt, bigram"),
+            ("config.json", b'{"model": {"type": "gpt", "n_leyer": 1}}', "unknown setting 'n_leyer'"),
+            ("config.json", b'{"model": {"type": "gpt", "n_layer": "1"}}', "n_layer must be a whole number"),
+            ("tokenizer.json", b'{"type": "char"}', "a tokenizer must be"),
+            ("checkpoints.json", b"", "checkpoints.json: cannot be read"),
+            ("CHECKPOINT/state.json", b'{"stop": 1}', "state.json: damaged"),
+            ("CHECKPOINT/model.safetensors", b"garbage", "model.safetensors: cannot be read"),
+        ],
+    )
+    def test_a_damaged_file_is_named(self, run, file, content, sentence):
+        save(run, 1, best=True)
+        path = find_checkpoint(run) / Path(file).name if "CHECKPOINT" in file else run / file
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=sentence):
+            load_model(run)
+
+    def test_a_truncated_checkpoint_is_named(self, run):
+        save(run, 1, best=True)
+        path = find_checkpoint(run) / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-10])
+        with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
+            load_model(run)
+
+    def test_wrong_tensors_are_named(self, run):
+        save(run, 1, best=True)
+        path = find_checkpoint(run) / "model.safetensors"
+        tensors = load_file(path)
+        save_file(tensors | {"transformer.wpe.weight": torch.zeros(9, 8)}, path)
+        with pytest.raises(UserError, match=r"transformer.wpe.weight must have shape \(8, 8\), got \(9, 8\)"):
+            load_model(run)
+        del tensors["transformer.ln_f.weight"]
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=r"damaged: it lacks transformer.ln_f.weight"):
+            load_model(run)

@@ -1,0 +1,105 @@
+"""Imports run one way, and importing fastgpt loads nothing heavy beyond torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import fastgpt
+
+PACKAGE = Path(fastgpt.__file__).parent
+
+# A module may import those of its own layer and of the layers to its right.
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("train", "generate", "benchmarks"),
+    ("model", "data", "optim", "checkpoint", "metrics"),
+    ("ops",),
+    ("dispatch",),
+    ("reference", "torch_native"),
+    # Below everything: they know nothing of models or ops.
+    ("config", "tokenizer", "files"),
+)
+FACADE = "fastgpt"  # fastgpt/__init__.py: the public names
+
+
+def layer_of(module: str) -> int:
+    first = module.split(".")[1]
+    return next(i for i, names in enumerate(LAYERS) if first in names)
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            # `from fastgpt import ops` names a module, `from fastgpt.ops import softmax` a thing in one
+            names = {alias.name for alias in node.names}
+            modules = {f"fastgpt.{n}" for n in names if is_module(n)} if node.module == "fastgpt" else {node.module}
+            found |= modules or {node.module}
+    return {name for name in found if name and name.split(".")[0] == "fastgpt"}
+
+
+def is_module(name: str) -> bool:
+    return (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()
+
+
+def violations(files: dict[str, Path]) -> list[str]:
+    wrong = []
+    for module, path in files.items():
+        for other in imported_modules(path):
+            if other == FACADE:
+                if layer_of(module) > layer_of("fastgpt.train"):
+                    wrong.append(f"{module} imports the facade {other}")
+            elif layer_of(other) < layer_of(module):
+                wrong.append(f"{module} imports {other}")
+    return wrong
+
+
+def modules() -> dict[str, Path]:
+    files = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(("fastgpt", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        if name != FACADE:
+            files[name] = path
+    return files
+
+
+def test_imports_run_one_way():
+    assert len(modules()) > 20
+    assert violations(modules()) == []
+
+
+def test_the_rule_sees_a_violation(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("from fastgpt import train\nfrom fastgpt.ops.softmax import softmax\nimport fastgpt\n")
+    assert violations({"fastgpt.dispatch": wrong}) != []
+    found = violations({"fastgpt.dispatch": wrong})
+    assert sorted(found) == [
+        "fastgpt.dispatch imports fastgpt.ops.softmax",
+        "fastgpt.dispatch imports fastgpt.train",
+        "fastgpt.dispatch imports the facade fastgpt",
+    ]
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_public_names_import_without_the_heavy_ones():
+    loaded = run_python(
+        "import torch, sys; before = set(sys.modules)\n"
+        "from fastgpt import GPT, GPTConfig, ops, use_backend\n"
+        "print(*(name for name in set(sys.modules) - before))"
+    ).split()
+    assert "fastgpt.ops.attention" in loaded
+    heavy = ("rich", "typer", "matplotlib", "safetensors", "torch._dynamo", "torch._inductor")
+    assert [name for name in loaded if name.startswith(heavy)] == []
+
+
+def test_import_takes_at_most_300_ms_beyond_torch():
+    code = "import time, torch; start = time.perf_counter(); import fastgpt; print(time.perf_counter() - start)"
+    assert min(float(run_python(code)) for _ in range(3)) < 0.3
