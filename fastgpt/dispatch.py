@@ -161,15 +161,16 @@ class use_backend:
             if name in _absent:
                 raise ValueError(f"use_backend: backend {name!r} cannot run here: {_absent[name]}")
         self._chosen = chosen
+        self._before: list[dict[str, str] | None] = []
 
     def __enter__(self) -> None:
-        self._before = _state.choice
+        self._before.append(_state.choice)
         _state.choice = {**current_choice(), **self._chosen}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _state.choice = self._before
+        _state.choice = self._before.pop()
 
 
 def resolve(op: str, backend: str | None, *args: Any) -> Entry:
@@ -261,7 +262,7 @@ _TORCH_DETAILS: dict[str, dict[str, Any]] = {
     "attention_qkvpacked": {"note": _SDPA_NOTE},
     "adamw_": {
         "limit": torch_native.adamw_limit,
-        "note": "takes params, grads and moments of one dtype; reference takes the others",
+        "note": "takes contiguous lists of one dtype; reference takes the others",
     },
 }
 

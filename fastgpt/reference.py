@@ -144,7 +144,9 @@ def softmax(x: Tensor, scale: float, is_causal: bool) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    centred = _acc(x) - _acc(x).mean(-1, keepdim=True)
+    mean = _acc(x).mean(-1, keepdim=True)
+    mean = mean + (_acc(x) - mean).detach().mean(-1, keepdim=True)  # what the first sum lost to rounding
+    centred = _acc(x) - mean
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     y = centred * rstd * _acc(weight)
     return (y if bias is None else y + _acc(bias)).to(x.dtype)
@@ -160,9 +162,11 @@ def add_layer_norm(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dropped = dropout(_acc(x), dropout_p, seed)
-    # The sum is normalised before it is rounded to the dtype that the residual stream is kept in.
     total = dropped + _acc(residual)
-    return layer_norm(total, weight, bias, eps).to(x.dtype), total.to(torch.promote_types(x.dtype, residual.dtype))
+    # The sum is normalised before it is rounded to the dtype that the residual stream is kept in. The view gathers the
+    # norm's gradients, which nearly cancel, before they are added to the stream's.
+    y = layer_norm(total.view_as(total), weight, bias, eps).to(x.dtype)
+    return y, total.to(torch.promote_types(x.dtype, residual.dtype))
 
 
 def gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
@@ -175,9 +179,8 @@ def gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    z = _acc(logits)
-    top = z.detach().amax(-1, keepdim=True)
-    lse = (z - top).exp().sum(-1).log() + top.squeeze(-1)
+    z = _acc(logits) - _acc(logits).detach().amax(-1, keepdim=True)
+    lse = z.exp().sum(-1).log()
     counted = targets != ignore_index
     picked = z.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(counted, lse - picked, 0.0).sum() / counted.sum()
@@ -206,8 +209,8 @@ def adamw_(
     weight_decay: float,
 ) -> None:
     beta1, beta2 = betas
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    kept = 1 - lr * weight_decay
+    correction1, correction2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
+    kept = 1 - lr.double() * weight_decay
     for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         g = _acc(grad)
         first = (_acc(exp_avg) * beta1).add_(g, alpha=1 - beta1)

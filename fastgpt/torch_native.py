@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt import reference
 from fastgpt.reference import attention_dropout_mask, dropout_mask, hidden_keys
 
 # linear_cross_entropy makes its logits in blocks of rows of at most this many (256 MiB in fp32).
@@ -35,6 +36,9 @@ def attention(
         hidden = hidden_keys(q.shape[2], k.shape[2], is_causal, seqlens_k, q.device)
         keep = attention_dropout_mask(tuple(scores.shape), dropout_p, seed)
         return _drop(_masked_softmax(scores, hidden), keep, dropout_p) @ v
+    if scale <= 0:
+        # SDPA's CPU kernel gives NaN then, or takes the wrong maximum.
+        q, scale = q * scale, 1.0
     if seqlens_k is None and (not is_causal or q.shape[2] == k.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
     # SDPA's own causal mask is aligned at the top left; ours at the bottom right, as decoding with a cache needs.
@@ -62,9 +66,10 @@ def softmax(x: Tensor, scale: float, is_causal: bool) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    if weight.dtype == x.dtype or (x.device.type == "cpu" and weight.dtype == torch.float32):
+    if weight.dtype == x.dtype:
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
-    # Beyond that PyTorch's kernels take one dtype for x and the parameters (on CUDA, any mixture), so both go to fp32.
+    # PyTorch's CUDA kernel takes no half-precision x beside fp32 parameters, and its CPU kernel sums their gradients in
+    # half precision (1% off at 33 rows in bf16): both go to fp32.
     bias = bias if bias is None else bias.float()
     return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias, eps).to(x.dtype)
 
@@ -117,6 +122,10 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
+    if torch.compiler.is_compiling():
+        # The fused kernel cannot be traced with a tensor for its lr; the compiler fuses the plain formula instead.
+        reference.adamw_(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay)
+        return
     torch._fused_adamw_(
         params,
         grads,
@@ -134,12 +143,18 @@ def adamw_(
     )
 
 
-def adamw_limit(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], *_: Any) -> str | None:
+def adamw_limit(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], *_: Any
+) -> str | None:
     """Why the fused kernel cannot take these lists, or None."""
     dtype = params[0].dtype
-    if all(p.dtype == g.dtype == m.dtype == dtype for p, g, m in zip(params, grads, exp_avgs, strict=True)):
-        return None
-    return "PyTorch's fused AdamW needs params, grads and moments of one dtype"
+    for tensors in (params, grads, exp_avgs, exp_avg_sqs):
+        for x in tensors:
+            if x.dtype != dtype:
+                return "PyTorch's fused AdamW needs params, grads and moments of one dtype"
+            if not x.is_contiguous():
+                return "PyTorch's fused AdamW reads memory as it lies, and so needs contiguous tensors"
+    return None
 
 
 def clip_grad_norm_(grads: list[Tensor], max_norm: float) -> Tensor:
@@ -200,5 +215,7 @@ def _blocked_linear_cross_entropy(
         dlogits = torch.softmax(logits, dim=-1).scatter_add(-1, hit, -torch.ones_like(hit, dtype=torch.float32))
         dlogits = dlogits.masked_fill(~counted[block].unsqueeze(-1), 0.0).to(x.dtype)
         dx[block] = dlogits @ weight
-        dweight += dlogits.mT @ x[block]
+        # Shrunk by a power of two, so that a sum over all rows of the block stays within fp16.
+        shrink = 2.0 ** -len(dlogits).bit_length()
+        dweight += (dlogits.mT @ (x[block] * shrink)).float() / shrink
     return total, counted.sum()

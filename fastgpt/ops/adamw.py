@@ -62,7 +62,8 @@ def adamw_(
                 f"{op}: {name} must be an fp32 tensor of one element on {params[0].device}, "
                 f"got {scalar.dtype} of shape {tuple(scalar.shape)} on {scalar.device}"
             )
-    if not (isinstance(betas, tuple) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+    numbers = isinstance(betas, tuple) and all(isinstance(beta, (int, float)) for beta in betas)
+    if not (numbers and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(f"{op}: betas must be two numbers in [0, 1), got {betas!r}")
     for name, value in (("eps", eps), ("weight_decay", weight_decay)):
         check_number(op, name, value)

@@ -7,6 +7,6 @@ from torch import Tensor
 def as_autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast gives a matrix product's operands on its device, if autocast is on."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return x
+    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
