@@ -1,7 +1,8 @@
 """The error rule: how far a backend may be from the truth.
 
-The truth is the reference backend in float64, on the same inputs. The peer is PyTorch's own op, spelled out in the
-test, in the dtype under test. In each output and in each gradient a backend may be off by at most
+The truth is the reference backend in float64, on the same inputs; in every case it is itself held to the peer in
+float64. The peer is PyTorch's own op, spelled out in the test, in the dtype under test. In each output and in each
+gradient a backend may be off by at most
 
     2 * (the peer's error) + (one rounding of the result's dtype + 2^-22) * (the largest true value)
 
@@ -44,6 +45,7 @@ def check(op: Op, backend: str, peer: Op, inputs: dict[str, Tensor], **options: 
     wide_inputs = {name: x.double() for name, x in inputs.items()}
     wide_upstream = [dy.double() for dy in upstream]
     truth, _ = _forward_and_backward(_on(op, "reference"), wide_inputs, options, wide_upstream)
+    _hold_truth(op, truth, _forward_and_backward(peer, wide_inputs, options, wide_upstream)[0])
     got, _ = _forward_and_backward(_on(op, backend), inputs, options, upstream)
     largest_upstream = max(_largest(dy) for dy in wide_upstream)
     for name, true in truth.items():
@@ -60,23 +62,28 @@ def check_in_place(op: Op, backend: str, peer: Op, inputs: dict[str, list[Tensor
     """Hold an op that changes lists of tensors to the rule: each tensor afterwards, and what the op returns."""
     expected = _changed(peer, inputs, options, torch.clone)
     truth = _changed(_on(op, "reference"), inputs, options, Tensor.double)
+    _hold_truth(op, truth, _changed(peer, inputs, options, Tensor.double))
     got = _changed(_on(op, backend), inputs, options, torch.clone)
     dtype = _dtype_of({name: tensors[0] for name, tensors in inputs.items()})
     for name, true in truth.items():
         _hold(f"{op.__name__} on {backend} in {dtype}: {name}", got[name], expected[name], true, 0.0)
 
 
-def check_reference(op: Op, peer: Op, inputs: dict[str, Tensor], tolerance: float = 1e-12, **options: Any) -> None:
-    """Hold the truth itself to PyTorch's own op, both in float64 (sums may add in another order)."""
+def check_reference(op: Op, peer: Op, inputs: dict[str, Tensor], **options: Any) -> None:
+    """Hold the truth alone to PyTorch's own op, both in float64."""
     inputs = {name: x.double() for name, x in inputs.items()}
     expected, upstream = _forward_and_backward(peer, inputs, options, None)
-    got, _ = _forward_and_backward(_on(op, "reference"), inputs, options, upstream)
-    for name, wanted in expected.items():
-        assert got[name].dtype == torch.float64, f"{op.__name__} in float64: {name} came out as {got[name].dtype}"
-        error, allowed = _largest(got[name] - wanted), tolerance * (_largest(wanted) + 1)
+    _hold_truth(op, _forward_and_backward(_on(op, "reference"), inputs, options, upstream)[0], expected)
+
+
+def _hold_truth(op: Op, truth: dict[str, Tensor], peer: dict[str, Tensor]) -> None:
+    """Only the order of sums may tell the two apart."""
+    for name, wanted in peer.items():
+        what = f"{op.__name__} on reference in float64: {name}"
+        assert truth[name].dtype == torch.float64, f"{what} has dtype {truth[name].dtype}"
+        error, allowed = _largest(truth[name] - wanted), 1e-12 * (_largest(wanted) + 1)
         assert error <= allowed, (
-            f"{op.__name__} on reference in float64: {name} is off by {error:.3g} from PyTorch's, allowed is "
-            f"{allowed:.3g}; {_worst(got[name], wanted)}"
+            f"{what} is off by {error:.3g} from PyTorch's own, allowed is {allowed:.3g}; {_worst(truth[name], wanted)}"
         )
 
 

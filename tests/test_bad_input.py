@@ -245,8 +245,8 @@ BAD: dict[str, list[tuple[Callable[[], Any], type[Exception], str, str]]] = {
         (
             lambda: adamw(grads=[f(3, device="meta"), f(2, 2, device="meta")]),
             ValueError,
-            r"grads\[0\] must have shape \(3,\) on cpu",
-            "on meta",
+            "grads must be on params' device cpu",
+            "meta",
         ),
         (lambda: adamw(step=1), TypeError, "step must be an fp32 tensor of one element", "int"),
         (lambda: adamw(step=i(1)), ValueError, "step must be an fp32 tensor of one element", "int64"),
