@@ -98,6 +98,7 @@ FLOATS = "must be float32, bfloat16, float16 or float64"
 # op: [(call, exception, what was wanted, what came)]
 BAD: dict[str, list[tuple[Callable[[], Any], type[Exception], str, str]]] = {
     "attention": [
+        (lambda: attention(is_causal=1), TypeError, "is_causal must be True or False", "1"),
         (lambda: attention(q=[1.0]), TypeError, f"q {TENSOR}", "list"),
         (lambda: attention(k=3), TypeError, f"k {TENSOR}", "int"),
         (lambda: attention(v="v"), TypeError, f"v {TENSOR}", "str"),
@@ -130,6 +131,7 @@ BAD: dict[str, list[tuple[Callable[[], Any], type[Exception], str, str]]] = {
         (lambda: softmax(scale="1"), TypeError, "scale must be a number", "str"),
         (lambda: softmax(scale=None), TypeError, "scale must be a number", "NoneType"),
         (lambda: softmax(scale=math.nan), ValueError, "scale must be finite", "nan"),
+        (lambda: softmax(is_causal="no"), TypeError, "is_causal must be True or False", "'no'"),
     ],
     "layer_norm": [
         (lambda: layer_norm(2.0), TypeError, f"x {TENSOR}", "float"),

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.ops.autocast import as_autocast
-from fastgpt.ops.checks import check_dropout, check_like, check_number, check_seqlens, check_tensor
+from fastgpt.ops.checks import check_dropout, check_flag, check_like, check_number, check_seqlens, check_tensor
 from fastgpt.ops.seed import seed_for
 
 
@@ -50,7 +50,7 @@ def attention(
     B, H, _, D = q.shape
     check_like("attention", "k", k, q, "q", (B, H, k.shape[2], D))
     check_like("attention", "v", v, k, "k", k.shape)
-    scale = _check_options("attention", q, k.shape[2], dropout_p, scale, seqlens_k, seed)
+    scale = _check_options("attention", q, k.shape[2], is_causal, dropout_p, scale, seqlens_k, seed)
     seed = seed_for(dropout_p, seed, q.device)
     return dispatch.run("attention", backend, q, k, v, is_causal, dropout_p, scale, seqlens_k, seed)
 
@@ -80,7 +80,7 @@ def attention_qkvpacked(
     if qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv must have shape (B, T, 3, H, D), got {tuple(qkv.shape)}")
     qkv = as_autocast(qkv)
-    scale = _check_options(op, qkv, qkv.shape[1], dropout_p, scale, seqlens_k, seed)
+    scale = _check_options(op, qkv, qkv.shape[1], is_causal, dropout_p, scale, seqlens_k, seed)
     seed = seed_for(dropout_p, seed, qkv.device)
     return dispatch.run(op, backend, qkv, is_causal, dropout_p, scale, seqlens_k, seed)
 
@@ -89,6 +89,7 @@ def _check_options(
     op: str,
     x: Tensor,
     seqlen_k: int,
+    is_causal: bool,
     dropout_p: float,
     scale: float | None,
     seqlens_k: Tensor | None,
@@ -97,6 +98,7 @@ def _check_options(
     """Check what both forms share, and return the scale."""
     if x.shape[-1] == 0:
         raise ValueError(f"{op}: the head size D must be at least 1, got shape {tuple(x.shape)}")
+    check_flag(op, "is_causal", is_causal)
     check_dropout(op, dropout_p, seed, x)
     if seqlens_k is not None:
         check_seqlens(op, seqlens_k, x, x.shape[0], seqlen_k)

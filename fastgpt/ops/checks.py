@@ -78,6 +78,11 @@ def check_number(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
+def check_flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
 def check_dropout(op: str, p: Any, seed: Any, x: Tensor, p_name: str = "dropout_p") -> None:
     if not isinstance(p, (int, float)) or isinstance(p, bool):
         raise TypeError(f"{op}: {p_name} must be a number, got {type(p).__name__}")

@@ -18,8 +18,8 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, *, backend: str | 
         max_norm: the largest norm that is left alone, greater than 0 (infinity only measures).
         backend: "reference", "torch", "triton", "cpp" or "cuda"; None asks ``fastgpt.dispatch``.
     Returns:
-        The norm before clipping, a scalar in fp32 on the gradients' device. Where it is not finite, so are the
-        gradients afterwards.
+        The norm before clipping, a scalar in fp32 on the gradients' device. Where it is not finite, the gradients are
+        0 or NaN afterwards.
     Raises:
         TypeError: an argument that is not a list of tensors or a number.
         ValueError: an empty list, more than one device, ``max_norm`` not above 0, or a backend that cannot run it.

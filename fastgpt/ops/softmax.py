@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastgpt import dispatch
-from fastgpt.ops.checks import check_number, check_tensor
+from fastgpt.ops.checks import check_flag, check_number, check_tensor
 
 
 def softmax(x: Tensor, *, scale: float = 1.0, is_causal: bool = False, backend: str | None = None) -> Tensor:
@@ -22,6 +22,7 @@ def softmax(x: Tensor, *, scale: float = 1.0, is_causal: bool = False, backend: 
         ValueError: a wrong shape or dtype, or a backend that cannot run it, with the reason.
     """
     check_tensor("softmax", "x", x)
+    check_flag("softmax", "is_causal", is_causal)
     if is_causal and x.dim() < 2:
         raise ValueError(f"softmax: x must be (..., Tq, Tk) with is_causal, got shape {tuple(x.shape)}")
     check_number("softmax", "scale", scale)
