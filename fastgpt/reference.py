@@ -116,7 +116,7 @@ def attention(
     seed: Tensor | None,
 ) -> Tensor:
     """softmax(q k^T * scale) v with the whole (B, H, Tq, Tk) matrix in memory."""
-    scores = (_acc(q) @ _acc(k).mT) * scale  # (B, H, Tq, Tk)
+    scores = (_acc(q) * scale) @ _acc(k).mT  # (B, H, Tq, Tk)
     hidden = hidden_keys(q.shape[2], k.shape[2], is_causal, seqlens_k, q.device)
     probs = _masked_softmax(scores, hidden)
     if dropout_p > 0:
@@ -222,7 +222,7 @@ def adamw_(
 
 
 def clip_grad_norm_(grads: list[Tensor], max_norm: float) -> Tensor:
-    total = torch.stack([_acc(grad).square().sum() for grad in grads]).sum().sqrt()
+    total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(_acc(grad)) for grad in grads]))
     coefficient = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(coefficient)
@@ -263,13 +263,14 @@ def _drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
 
 
 def _masked_softmax(x: Tensor, hidden: Tensor | None) -> Tensor:
+    """Softmax over the last dimension of ``x``, which is changed. Times 1 / sum: a division's gradient costs twice."""
     if x.shape[-1] == 0:
         return x
     if hidden is None:
         e = (x - x.detach().amax(-1, keepdim=True)).exp()
-        return e / e.sum(-1, keepdim=True)
-    x = x.masked_fill(hidden, -math.inf)
-    # A row that sees no key has no maximum (-inf - -inf is NaN) and no sum (0 / 0 is): it gives 0. In every other row
-    # the maximum alone adds exp(0) = 1 to the sum, so the clamp changes nothing there.
+        return e * e.sum(-1, keepdim=True).reciprocal()
+    x = x.masked_fill_(hidden, -math.inf)
+    # A row that sees no key has no maximum (-inf - -inf is NaN) and no sum (1 / 0 is infinite): it gives 0. In every
+    # other row the maximum alone adds exp(0) = 1 to the sum, so the clamp changes nothing there.
     e = (x - x.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)).exp()
-    return e / e.sum(-1, keepdim=True).clamp(min=1.0)
+    return e * e.sum(-1, keepdim=True).clamp(min=1.0).reciprocal()
