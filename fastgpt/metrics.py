@@ -56,9 +56,9 @@ def plot_losses(run: Path) -> None:
     axes = figure.subplots()
     lines = read_metrics(run)
     for split, style in (("train", {"color": "tab:blue", "alpha": 0.6}), ("val", {"color": "tab:red", "marker": "o"})):
-        points = [(line["step"], line["loss"]) for line in lines if line["split"] == split]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=split, markersize=4, linewidth=1.2, **style)
+        losses = {line["step"]: line["loss"] for line in lines if line["split"] == split}
+        if losses:
+            axes.plot(list(losses), list(losses.values()), label=split, markersize=4, linewidth=1.2, **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.resolve().name)
     axes.grid(alpha=0.3)
     if lines:
