@@ -23,6 +23,7 @@ from fastgpt.checkpoint import Which, find_checkpoint, load_model, read_config
 from fastgpt.config import MODEL_CONFIGS, PRESETS, ModelConfig, TrainConfig, UserError, field_types
 from fastgpt.data import Batches, load_dataset
 from fastgpt.generate import check_sampling, generate
+from fastgpt.tokenizer import CharTokenizer
 from fastgpt.train import DTYPES, Trainer, TrainingError, device_name, mean_loss, pick_backend, pick_device, pick_dtype
 
 if sys.version_info >= (3, 11):
@@ -105,7 +106,7 @@ def _train(preset: str | None, config: Path | None, out: Path | None, resume: bo
         if preset is None:
             device = pick_device(settings.get("device", "auto"))
             preset = "shakespeare-cpu" if device.type == "cpu" else "shakespeare"
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise UserError(f"there is no preset {preset!r}; the presets are {', '.join(PRESETS)}")
         model_config, train_config = PRESETS[preset].model, PRESETS[preset].train
         given = settings
@@ -127,7 +128,9 @@ def _train(preset: str | None, config: Path | None, out: Path | None, resume: bo
         return
     if train_config.sample_tokens:
         console.print("\na sample:\n", style="bold")
-        _stream(trainer.model.eval(), trainer.dataset.tokenizer, "\n", train_config.sample_tokens, trainer.device)
+        tokenizer = trainer.dataset.tokenizer
+        with trainer.backend:
+            _stream(trainer.model.eval(), tokenizer, _beginning(tokenizer), train_config.sample_tokens, trainer.device)
     table = Table(title=f"{run.resolve().name}, {state.step} steps", title_justify="left", show_header=False)
     batches = f"over {train_config.final_eval_iters} batches"
     table.add_row("train loss", f"{state.train_loss:.4f}", batches)
@@ -216,7 +219,7 @@ def _override(model: ModelConfig, train: TrainConfig, given: dict[str, Any]) -> 
 @app.command()
 def sample(
     run: _RunArgument,
-    prompt: Annotated[str, typer.Option(help="text to continue; \\n is a new line")] = "\\n",
+    prompt: Annotated[str | None, typer.Option(help="text to continue; \\n is a new line")] = None,
     num_tokens: Annotated[int, typer.Option(min=1, help="tokens to draw")] = 500,
     temperature: Annotated[float, typer.Option(help="divides the logits; 0: always the most probable token")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="draw from the K most probable tokens")] = None,
@@ -233,7 +236,7 @@ def sample(
     choice = pick_backend(backend, where, torch.float32)
     model, tokenizer, _, _ = load_model(run, checkpoint)
     model.to(where)
-    prompt = prompt.replace("\\n", "\n")
+    prompt = _beginning(tokenizer) if prompt is None else prompt.replace("\\n", "\n")
     if not prompt:
         raise UserError("--prompt must have at least one character")
     generator = torch.Generator(where)
@@ -258,7 +261,14 @@ def sample(
             )
 
 
-def _stream(model: Any, tokenizer: Any, prompt: str, num_tokens: int, device: torch.device, **settings: Any) -> None:
+def _beginning(tokenizer: CharTokenizer) -> str:
+    """What a text without a prompt starts from: a new line, or the first character of a text that has none."""
+    return "\n" if "\n" in tokenizer.characters else tokenizer.characters[0]
+
+
+def _stream(
+    model: Any, tokenizer: CharTokenizer, prompt: str, num_tokens: int, device: torch.device, **settings: Any
+) -> None:
     """Print ``prompt`` and what follows it, each token as soon as it is drawn."""
     idx = torch.from_numpy(tokenizer.encode(prompt)).to(device)[None]  # (1, T)
     sys.stdout.write(prompt.lstrip("\n"))

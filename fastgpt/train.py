@@ -286,6 +286,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: not "auto", "cpu", "cuda" or "cuda:N", or a GPU that is not there.
     """
+    if not isinstance(name, str):
+        raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")

@@ -320,3 +320,9 @@ def test_a_wrong_fastgpt_backend_is_one_line(home):
 
 def test_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", succeed("--version"))
+
+
+def test_a_text_without_new_lines_trains_and_samples(home, succeed_here):
+    Path("line.txt").write_text("abc" * 500)
+    assert "a sample:" in succeed_here("train", "--data=line.txt", "--out=run", "--device=cpu", *SHORT)
+    assert succeed_here("sample", "run", "--num-tokens=5", "--device=cpu").startswith("a")
