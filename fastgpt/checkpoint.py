@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,13 @@ def build_model(config: ModelConfig) -> GPT | Bigram:
     return Bigram(config) if isinstance(config, BigramConfig) else GPT(config)
 
 
-def write_config(run: Path, model: ModelConfig, train: TrainConfig, tokenizer: CharTokenizer, **more: Any) -> None:
-    """Write config.json and tokenizer.json; ``more`` goes into the former."""
+def write_config(
+    run: Path, model: ModelConfig, train: TrainConfig, tokenizer: CharTokenizer, versions: dict[str, str]
+) -> None:
+    """Write config.json, which notes the versions, and tokenizer.json."""
     kind = next(name for name, cls in MODEL_CONFIGS.items() if isinstance(model, cls))
     settings = {
-        **more,
+        "versions": versions,
         "model": {"type": kind, **dataclasses.asdict(model)},
         "train": dataclasses.asdict(train),
     }
@@ -73,15 +76,19 @@ def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, CharTokenizer]:
     """
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: there is no run in this folder (no config.json)")
-    settings = _read_json(run / "config.json")
-    model, train = dict(settings.get("model", {})), settings.get("train", {})
-    config = MODEL_CONFIGS.get(model.pop("type", ""))
+    path = run / "config.json"
+    settings = _read_json(path)
+    model, train = settings.get("model"), settings.get("train")
+    if not isinstance(model, dict) or not isinstance(train, dict):
+        raise UserError(f"{path}: damaged: it must hold the objects model and train")
+    kind = model.pop("type", None)
+    config = MODEL_CONFIGS.get(kind) if isinstance(kind, str) else None
     if config is None:
-        raise UserError(f"{run / 'config.json'}: the model's type must be one of {', '.join(MODEL_CONFIGS)}")
+        raise UserError(f"{path}: the model's type must be one of {', '.join(MODEL_CONFIGS)}")
     for section, cls in ((model, config), (train, TrainConfig)):
         unknown = section.keys() - field_types(cls).keys()
         if unknown:
-            raise UserError(f"{run / 'config.json'}: unknown setting {min(unknown)!r}")
+            raise UserError(f"{path}: unknown setting {min(unknown)!r}")
     return config(**model), TrainConfig(**train), CharTokenizer.from_json(_read_json(run / "tokenizer.json"))
 
 
@@ -138,11 +145,24 @@ def load_model(run: Path, which: Which = "best") -> tuple[GPT | Bigram, CharToke
 
 
 def read_state(folder: Path) -> RunState:
-    data = _read_json(folder / "state.json")
-    try:
-        return RunState(**data)
-    except TypeError as error:
-        raise UserError(f"{folder / 'state.json'}: damaged: {error}") from error
+    """
+    Raises:
+        UserError: a damaged file.
+    """
+    path = folder / "state.json"
+    data = _read_json(path)
+    wanted = {f.name for f in dataclasses.fields(RunState)}
+    if data.keys() != wanted:
+        raise UserError(f"{path}: damaged: it must hold {', '.join(sorted(wanted))}")
+    losses = [data[name] for name in ("train_loss", "val_loss", "best_val_loss") if data[name] is not None]
+    if not (
+        isinstance(data["step"], int)
+        and data["step"] > 0
+        and isinstance(data["scaler"], dict)
+        and all(isinstance(number, (int, float)) for number in (data["elapsed_s"], *losses))
+    ):
+        raise UserError(f"{path}: damaged: a value has the wrong type")
+    return RunState(**data)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -202,7 +222,13 @@ def _training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
 
 def _pointers(run: Path) -> dict[str, str]:
     path = run / CHECKPOINTS
-    return _read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    pointers = _read_json(path)
+    for which, name in pointers.items():
+        if not isinstance(name, str) or not re.fullmatch(r"step-\d+", name):
+            raise UserError(f"{path}: damaged: {which} must be the name of a checkpoint, got {name!r}")
+    return pointers
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import io
 import json
 import sys
 import time
@@ -23,8 +24,9 @@ from fastgpt.checkpoint import Which, find_checkpoint, load_model, read_config
 from fastgpt.config import MODEL_CONFIGS, PRESETS, ModelConfig, TrainConfig, UserError, field_types
 from fastgpt.data import Batches, load_dataset
 from fastgpt.generate import check_sampling, generate
+from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
 from fastgpt.tokenizer import CharTokenizer
-from fastgpt.train import DTYPES, Trainer, TrainingError, device_name, mean_loss, pick_backend, pick_device, pick_dtype
+from fastgpt.train import Trainer, TrainingError, mean_loss
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,6 +55,9 @@ _CheckpointOption = Annotated[Which, typer.Option("--checkpoint", help="the last
 
 def main() -> NoReturn:
     """Run the command line: a user's error is one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
     try:
         code = app(standalone_mode=False)
     except (UserError, TrainingError) as error:
@@ -64,11 +69,20 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone: there is nobody to tell
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _fail(f"out of memory: {error}", 1)
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # PyTorch's CPU allocator raises no type of its own
+            raise
+        _fail("out of memory: the model or the batch is too large for this machine", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("fastgpt: " + " ".join(message.split()), file=sys.stderr)
+    if message:  # typer has none where it has printed the help
+        print("fastgpt: " + " ".join(message.replace("Value error, ", "").split()), file=sys.stderr)
     sys.exit(code)
 
 
@@ -189,14 +203,22 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path}: not a TOML file: {error}") from error
-    known = {"preset", *field_types(TrainConfig)}.union(*(field_types(c) for c in MODEL_CONFIGS.values()))
+    of_train = set(field_types(TrainConfig))
+    of_model = set().union(*(field_types(c) for c in MODEL_CONFIGS.values()))
+    known = {"": {"preset", *of_train, *of_model}, "model": of_model, "train": of_train}
+    tables = {"": {}, **{name: data.pop(name) for name in ("model", "train") if isinstance(data.get(name), dict)}}
+    tables[""] = data
     settings: dict[str, Any] = {}
-    for name, value in data.items():
-        for key, inner in value.items() if name in ("model", "train") and isinstance(value, dict) else [(name, value)]:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                raise UserError(f"{path}: unknown setting {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
-            settings[key] = inner
+    for table, values in tables.items():
+        for name, value in values.items():
+            if name not in known[table]:
+                near = difflib.get_close_matches(name, known[table], 1)
+                where = f" in [{table}]" if table else ""
+                hint = f": did you mean {near[0]!r}?" if near else ""
+                raise UserError(f"{path}: unknown setting {name!r}{where}{hint}")
+            if name in settings:
+                raise UserError(f"{path}: {name!r} is set twice")
+            settings[name] = value
     return settings
 
 
@@ -225,7 +247,7 @@ def sample(
     top_k: Annotated[int | None, typer.Option(help="draw from the K most probable tokens")] = None,
     top_p: Annotated[float | None, typer.Option(help="draw from the fewest tokens that add up to P")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="texts to draw")] = 1,
-    seed: Annotated[int | None, typer.Option(min=0, help="draw the same texts each time")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="draw the same texts each time")] = None,
     checkpoint: _CheckpointOption = "best",
     device: _DeviceOption = "auto",
     backend: _BackendOption = "",

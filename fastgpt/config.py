@@ -146,6 +146,8 @@ class TrainConfig:
         _check_at_least(self, "log_interval", 1)
         for name in ("warmup_iters", "lr_decay_iters", "weight_decay", "grad_clip", "sample_tokens", "min_lr", "seed"):
             _check_at_least(self, name, 0)
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be less than 2^63, got {self.seed}")
         if not 0 < self.lr < float("inf"):
             raise UserError(f"lr must be greater than 0 and finite, got {self.lr}")
         for name in ("beta1", "beta2"):

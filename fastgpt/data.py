@@ -119,6 +119,8 @@ def load_text(data: str, notify: Callable[[str], None] = print) -> tuple[str, st
     Raises:
         UserError: no such file, no text in it, or bytes that are not UTF-8.
     """
+    if not data:
+        raise UserError("data must be shakespeare, stdlib, or a text file or folder, got ''")
     if data == "shakespeare":
         try:
             return data, _shakespeare()

@@ -69,8 +69,7 @@ def register(backend: str, op: str, entry: Entry) -> None:
     Raises:
         ValueError: ``op`` or ``backend`` is not a known name.
     """
-    if op not in OPS:
-        raise ValueError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
+    _check_op(op, "register")
     _check_backend(backend, "register", names=BACKENDS)
     _absent.pop(backend, None)
     _table[op][backend] = entry
@@ -95,15 +94,20 @@ def parse_choice(text: str, source: str) -> dict[str, str]:
         op, equals, backend = (word.strip() for word in part.partition("="))
         if not equals:
             op, backend = "", part
-        elif op not in OPS:
-            raise ValueError(f"{source}: unknown op {op!r}; the ops are {', '.join(OPS)}")
+        else:
+            _check_op(op, source)
         _check_backend(backend, source)
         choice.update({op: backend} if op else dict.fromkeys(OPS, backend))
     return choice
 
 
+def _check_op(op: str, source: str) -> None:
+    if op not in OPS:
+        raise ValueError(f"{source}: unknown op {op!r}; the ops are {', '.join(OPS)}")
+
+
 def _check_backend(name: object, source: str, names: Sequence[str] = (*BACKENDS, AUTO)) -> None:
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         raise ValueError(f"{source}: unknown backend {name!r}; the backends are {', '.join(names)}")
 
 
@@ -154,9 +158,13 @@ class use_backend:
     def __init__(self, backend: str | None = None, **per_op: str) -> None:
         chosen: dict[str, str] = {}
         if backend is not None:
-            chosen.update(parse_choice(backend, "use_backend"))
+            if not isinstance(backend, str):
+                _check_backend(backend, "use_backend")
+            chosen = parse_choice(backend, "use_backend")
         for op, name in per_op.items():
-            chosen.update(parse_choice(f"{op}={name}", "use_backend"))
+            _check_op(op, "use_backend")
+            _check_backend(name, "use_backend")
+            chosen[op] = name
         for name in chosen.values():
             if name in _absent:
                 raise ValueError(f"use_backend: backend {name!r} cannot run here: {_absent[name]}")
@@ -182,9 +190,9 @@ def resolve(op: str, backend: str | None, *args: Any) -> Entry:
     x = _leading_tensor(args)
     name = current_choice().get(op, AUTO) if backend is None else backend
     if name != AUTO:
+        _check_backend(name, op)
         reason = reason_against(op, name, x.device.type, x.dtype, args)
         if reason is not None:
-            _check_backend(name, op)
             raise ValueError(f"{op}: backend {name!r} cannot run here: {reason}")
         return _table[op][name]
     for candidate in PREFERRED.get(x.device.type, ()):

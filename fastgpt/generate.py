@@ -49,9 +49,11 @@ def generate(
     Yields:
         (B, 1), int64: the next token of each sequence.
     Raises:
-        UserError: a setting out of its range.
+        UserError: a setting out of its range, or nothing to continue.
     """
     check_sampling(temperature, top_k, top_p)
+    if idx.dim() != 2 or idx.shape[1] == 0:
+        raise UserError(f"generate: idx must have shape (B, T), T at least 1, got {tuple(idx.shape)}")
     for _ in range(num_tokens):
         logits, _ = model(idx[:, -model.config.block_size :], last_only=True)
         token = sample(logits[:, -1].float(), temperature, top_k, top_p, generator)  # (B, 1)
@@ -70,7 +72,7 @@ def sample(
         logits = logits.masked_fill(logits < least, -torch.inf)
     # The largest logit is taken off first: divided by a small temperature, it would overflow.
     logits = logits - logits.amax(-1, keepdim=True)
-    probs = ops.softmax(logits / temperature)  # (B, V)
+    probs = ops.softmax((logits.double() / temperature).float())  # (B, V); fp32 does not hold 1e-300
     if top_p is not None and top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         # A token stays while those before it have not reached p: the first one always does.

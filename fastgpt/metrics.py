@@ -40,10 +40,20 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     whole, _, _ = text.rpartition("\n")
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path}: damaged: {error}") from error
+    lines = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is damaged: {error}") from error
+        if not (
+            isinstance(lines[-1], dict)
+            and isinstance(lines[-1].get("step"), int)
+            and isinstance(lines[-1].get("loss"), (int, float))
+            and lines[-1].get("split") in ("train", "val")
+        ):
+            raise UserError(f"{path}: line {number} is damaged: it must hold a step, a split and a loss")
+    return lines
 
 
 def plot_losses(run: Path) -> None:

@@ -150,9 +150,10 @@ class GPT(nn.Module):
             With targets: None (the logits never exist) and the mean loss, a scalar in fp32. The rows that pad the
             vocabulary take part in its softmax; no target names them, and training soon drives them to zero.
         Raises:
-            ValueError: idx is not (B, T) or longer than ``block_size``, or targets are shaped otherwise.
+            ValueError: idx or targets of a wrong shape or dtype, T beyond ``block_size``, or a token that is not in the
+                vocabulary (looked at on a CPU, outside of torch.compile).
         """
-        _check_tokens("GPT", idx, targets)
+        _check_tokens("GPT", idx, targets, self.config.vocab_size)
         if idx.shape[1] > self.config.block_size:
             raise ValueError(
                 f"GPT: idx must have at most block_size {self.config.block_size} columns, got {idx.shape[1]}"
@@ -192,7 +193,7 @@ class Bigram(nn.Module):
         self, idx: Tensor, targets: Tensor | None = None, *, last_only: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
         """As ``GPT.forward``; any T."""
-        _check_tokens("Bigram", idx, targets)
+        _check_tokens("Bigram", idx, targets, self.config.vocab_size)
         logits = self.token_embedding_table(idx[:, -1:] if last_only else idx)  # (B, T or 1, V)
         if targets is None:
             return logits, None
@@ -203,8 +204,19 @@ class Bigram(nn.Module):
         return self.token_embedding_table.weight.numel()
 
 
-def _check_tokens(model: str, idx: Tensor, targets: Tensor | None) -> None:
-    if idx.dim() != 2:
-        raise ValueError(f"{model}: idx must have shape (B, T), got {tuple(idx.shape)}")
-    if targets is not None and targets.shape != idx.shape:
-        raise ValueError(f"{model}: targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
+def _check_tokens(model: str, idx: Tensor, targets: Tensor | None, vocab_size: int) -> None:
+    """Shapes and dtypes, and on a CPU outside of torch.compile that every token is one of the vocabulary."""
+    if idx.dim() != 2 or idx.dtype != torch.int64:
+        raise ValueError(f"{model}: idx must be int64 of shape (B, T), got {idx.dtype} of shape {tuple(idx.shape)}")
+    if targets is not None and (targets.shape != idx.shape or targets.dtype != torch.int64):
+        raise ValueError(
+            f"{model}: targets must be int64 of idx's shape {tuple(idx.shape)}, got {targets.dtype} of shape "
+            f"{tuple(targets.shape)}"
+        )
+    if idx.device.type != "cpu" or torch.compiler.is_compiling() or idx.numel() == 0:
+        return
+    low, high = (int(bound) for bound in idx.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{model}: idx must be in [0, {vocab_size}), got {low if low < 0 else high}")
+    if targets is not None and int(targets.max()) >= vocab_size:  # the loss itself looks at the rest
+        raise ValueError(f"{model}: targets must be below {vocab_size} (vocab_size), got {int(targets.max())}")

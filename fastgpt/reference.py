@@ -39,6 +39,7 @@ def philox_4x32(counter: tuple[Tensor | int, ...], seed: Tensor) -> tuple[Tensor
     Returns:
         Four int64 tensors of values below 2^32.
     """
+    seed = seed.reshape(())
     rounds = torch.arange(_ROUNDS, device=seed.device)
     keys0 = (seed + rounds * _KEY_STEPS[0]) & _WORD
     keys1 = ((seed >> 32) + rounds * _KEY_STEPS[1]) & _WORD
@@ -121,7 +122,7 @@ def attention(
     probs = _masked_softmax(scores, hidden)
     if dropout_p > 0:
         assert seed is not None
-        probs = _drop(probs, attention_dropout_mask(tuple(probs.shape), dropout_p, seed), dropout_p)
+        probs = drop(probs, attention_dropout_mask(tuple(probs.shape), dropout_p, seed), dropout_p)
     return (probs @ _acc(v)).to(q.dtype)
 
 
@@ -194,7 +195,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if p == 0:
         return x
     assert seed is not None
-    return _drop(_acc(x), dropout_mask(tuple(x.shape), p, seed), p).to(x.dtype)
+    return drop(_acc(x), dropout_mask(tuple(x.shape), p, seed), p).to(x.dtype)
 
 
 def adamw_(
@@ -258,12 +259,13 @@ def _acc(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
+def drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """Dropout by the mask ``keep``, True where an element stays."""
     return torch.where(keep, x, 0.0) * (1 / (1 - p))
 
 
 def _masked_softmax(x: Tensor, hidden: Tensor | None) -> Tensor:
-    """Softmax over the last dimension of ``x``, which is changed. Times 1 / sum: a division's gradient costs twice."""
+    """Softmax over the last dimension; may change ``x``. Times 1 / sum: a division's gradient costs twice as much."""
     if x.shape[-1] == 0:
         return x
     if hidden is None:

@@ -47,8 +47,8 @@ class CharTokenizer:
         return ids.astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``."""
-        return "".join(self.characters[i] for i in ids)
+        """The text of ``ids``; one beyond the vocabulary, as a model of a larger vocab_size may draw, is U+FFFD."""
+        return "".join(self.characters[i] if i < len(self.characters) else "\ufffd" for i in ids)
 
     def to_json(self) -> dict[str, Any]:
         return {"type": "char", "characters": self.characters}

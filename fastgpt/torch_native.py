@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgpt import reference
-from fastgpt.reference import attention_dropout_mask, dropout_mask, hidden_keys
+from fastgpt.reference import attention_dropout_mask, drop, dropout_mask, hidden_keys
 
 # linear_cross_entropy makes its logits in blocks of rows of at most this many (256 MiB in fp32).
 LOGITS_AT_ONCE = 1 << 26
@@ -32,10 +33,10 @@ def attention(
     if dropout_p > 0:
         # SDPA takes no dropout mask from outside, so dropping needs the (B, H, Tq, Tk) matrix.
         assert seed is not None
-        scores = (q @ k.mT) * scale
+        scores = (q * scale) @ k.mT  # scaled first: the product may be beyond fp16
         hidden = hidden_keys(q.shape[2], k.shape[2], is_causal, seqlens_k, q.device)
         keep = attention_dropout_mask(tuple(scores.shape), dropout_p, seed)
-        return _drop(_masked_softmax(scores, hidden), keep, dropout_p) @ v
+        return drop(_masked_softmax(scores.float(), hidden), keep, dropout_p).to(v.dtype) @ v
     if scale <= 0:
         # SDPA's CPU kernel gives NaN then, or takes the wrong maximum.
         q, scale = q * scale, 1.0
@@ -62,7 +63,8 @@ def attention_qkvpacked(
 
 def softmax(x: Tensor, scale: float, is_causal: bool) -> Tensor:
     hidden = hidden_keys(x.shape[-2], x.shape[-1], True, None, x.device) if is_causal else None
-    return _masked_softmax(x * scale if scale != 1 else x, hidden)
+    # Scaled in fp32: in fp16 the product may overflow.
+    return _masked_softmax(x.float() * scale if scale != 1 else x, hidden).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -108,7 +110,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if p == 0:
         return x
     assert seed is not None
-    return _drop(x, dropout_mask(tuple(x.shape), p, seed), p)
+    return drop(x, dropout_mask(tuple(x.shape), p, seed), p)
 
 
 def adamw_(
@@ -163,10 +165,6 @@ def clip_grad_norm_(grads: list[Tensor], max_norm: float) -> Tensor:
     return total
 
 
-def _drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
-    return torch.where(keep, x, 0.0) * (1 / (1 - p))
-
-
 def _masked_softmax(x: Tensor, hidden: Tensor | None) -> Tensor:
     if hidden is None:
         return torch.softmax(x, dim=-1)
@@ -189,6 +187,7 @@ class _BlockedLinearCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dx, dweight, count = ctx.saved_tensors
         factor = grads[0] / count

@@ -70,7 +70,7 @@ def drop(x: Any = None, p: Any = 0.5, **options: Any) -> Any:
 
 def adamw(**changed: Any) -> Any:
     arguments: dict[str, Any] = {name: [f(3), f(2, 2)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
-    arguments.update(step=f(), lr=f(), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    arguments.update(step=torch.ones(()), lr=f(), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     return ops.adamw_(**{**arguments, **changed})
 
 
@@ -250,18 +250,34 @@ BAD: dict[str, list[tuple[Callable[[], Any], type[Exception], str, str]]] = {
             "grads must be on params' device cpu",
             "meta",
         ),
+        (lambda: adamw(step=torch.zeros(())), ValueError, "step must be at least 1", "0"),
         (lambda: adamw(step=1), TypeError, "step must be an fp32 tensor of one element", "int"),
         (lambda: adamw(step=i(1)), ValueError, "step must be an fp32 tensor of one element", "int64"),
         (lambda: adamw(step=f(2)), ValueError, "step must be an fp32 tensor of one element", r"\(2,\)"),
         (lambda: adamw(lr=0.1), TypeError, "lr must be an fp32 tensor of one element", "float"),
         (lambda: adamw(lr=f(dtype=F64)), ValueError, "lr must be an fp32 tensor of one element", "float64"),
         (lambda: adamw(lr=f(device="meta")), ValueError, "lr must be an fp32 tensor of one element on cpu", "meta"),
-        (lambda: adamw(betas=0.9), ValueError, r"betas must be two numbers in \[0, 1\)", r"0\.9"),
-        (lambda: adamw(betas=(0.9,)), ValueError, r"betas must be two numbers in \[0, 1\)", r"\(0\.9,\)"),
-        (lambda: adamw(betas=(0.9, 1.0)), ValueError, r"betas must be two numbers in \[0, 1\)", r"\(0\.9, 1\.0\)"),
-        (lambda: adamw(betas=(-0.1, 0.9)), ValueError, r"betas must be two numbers in \[0, 1\)", r"\(-0\.1, 0\.9\)"),
-        (lambda: adamw(betas=(0.9, math.nan)), ValueError, r"betas must be two numbers in \[0, 1\)", "nan"),
-        (lambda: adamw(betas=("a", 0.9)), (ValueError, TypeError), r"betas must be two numbers in \[0, 1\)", "'a'"),
+        (lambda: adamw(betas=0.9), ValueError, r"betas must be a tuple of two numbers in \[0, 1\)", r"0\.9"),
+        (lambda: adamw(betas=(0.9,)), ValueError, r"betas must be a tuple of two numbers in \[0, 1\)", r"\(0\.9,\)"),
+        (
+            lambda: adamw(betas=(0.9, 1.0)),
+            ValueError,
+            r"betas must be a tuple of two numbers in \[0, 1\)",
+            r"\(0\.9, 1\.0\)",
+        ),
+        (
+            lambda: adamw(betas=(-0.1, 0.9)),
+            ValueError,
+            r"betas must be a tuple of two numbers in \[0, 1\)",
+            r"\(-0\.1, 0\.9\)",
+        ),
+        (lambda: adamw(betas=(0.9, math.nan)), ValueError, r"betas must be a tuple of two numbers in \[0, 1\)", "nan"),
+        (
+            lambda: adamw(betas=("a", 0.9)),
+            (ValueError, TypeError),
+            r"betas must be a tuple of two numbers in \[0, 1\)",
+            "'a'",
+        ),
         (lambda: adamw(eps="a"), TypeError, "eps must be a number", "str"),
         (lambda: adamw(eps=-1e-8), ValueError, "eps must not be negative", "-1e-08"),
         (lambda: adamw(weight_decay=-0.1), ValueError, "weight_decay must not be negative", r"-0\.1"),

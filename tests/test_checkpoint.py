@@ -27,7 +27,7 @@ CONFIG = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8)
 
 @pytest.fixture
 def run(tmp_path):
-    write_config(tmp_path, CONFIG, TrainConfig(), CharTokenizer("abcde"))
+    write_config(tmp_path, CONFIG, TrainConfig(), CharTokenizer("abcde"), {"fastgpt": "0"})
     return tmp_path
 
 
@@ -156,12 +156,25 @@ class TestDamage:
         [
             ("config.json", b"{", "config.json: cannot be read"),
             ("config.json", b"[]", "config.json: damaged: it must hold one JSON object"),
-            ("config.json", b'{"model": {"type": "rnn"}}', "the model's type must be one of gpt, bigram"),
-            ("config.json", b'{"model": {"type": "gpt", "n_leyer": 1}}', "unknown setting 'n_leyer'"),
-            ("config.json", b'{"model": {"type": "gpt", "n_layer": "1"}}', "n_layer must be a whole number"),
+            ("config.json", b'{"model": {"type": "rnn"}, "train": {}}', "the model's type must be one of gpt, bigram"),
+            ("config.json", b'{"model": {"type": "gpt", "n_leyer": 1}, "train": {}}', "unknown setting 'n_leyer'"),
+            (
+                "config.json",
+                b'{"model": {"type": "gpt", "n_layer": "1"}, "train": {}}',
+                "n_layer must be a whole number",
+            ),
             ("tokenizer.json", b'{"type": "char"}', "a tokenizer must be"),
             ("checkpoints.json", b"", "checkpoints.json: cannot be read"),
-            ("CHECKPOINT/state.json", b'{"stop": 1}', "state.json: damaged"),
+            ("config.json", b'{"model": 3}', "damaged: it must hold the objects model and train"),
+            ("config.json", b'{"model": {"type": ["gpt"]}, "train": {}}', "the model's type must be one of"),
+            ("checkpoints.json", b'{"best": 3}', "damaged: best must be the name of a checkpoint, got 3"),
+            ("checkpoints.json", b'{"best": "../../x"}', "damaged: best must be the name of a checkpoint"),
+            ("CHECKPOINT/state.json", b"{}", "state.json: damaged: it must hold best_val_loss"),
+            (
+                "CHECKPOINT/state.json",
+                b'{"step": "x", "train_loss": 1, "val_loss": 1, "best_val_loss": 1, "elapsed_s": 1, "scaler": {}}',
+                "state.json: damaged: a value has the wrong type",
+            ),
             ("CHECKPOINT/model.safetensors", b"garbage", "model.safetensors: cannot be read"),
         ],
     )

@@ -280,6 +280,15 @@ def test_a_diverging_run_is_one_line_and_exit_code_1(home):
         (["train", "--config=bad.toml"], "bad.toml: unknown setting 'n_leyer': did you mean 'n_layer'?"),
         (["train", "--config=typed.toml"], "n_layer must be a whole number, got 'three'"),
         (["train", "--config=text.txt"], "text.txt: not a TOML file"),
+        (["train", "--config=preset.toml"], "there is no preset ['a']"),
+        (["train", "--config=device.toml"], "device must be auto, cpu, cuda or cuda:N, got 3"),
+        (["train", "--config=tables.toml"], "tables.toml: unknown setting 'n_layer' in [train]"),
+        (["train", "--config=twice.toml"], "twice.toml: 'n_layer' is set twice"),
+        (["train", "--out=empty"], "empty"),
+        (["train", "--out=empty/x"], "empty"),
+        (["train", "--data="], "data must be shakespeare, stdlib, or a text file or folder, got ''"),
+        (["train", f"--seed={10**20}"], "seed must be less than 2^63"),
+        (["sample", "nowhere", f"--seed={10**20}"], "Invalid value for '--seed'"),
         (["sample", "nowhere"], "nowhere: there is no run in this folder"),
         (["sample"], "Missing argument 'DIR'"),
         (["eval", "nowhere"], "nowhere: there is no run in this folder"),
@@ -292,6 +301,10 @@ def test_a_users_error_is_one_line(home, args, sentence, fail_here):
     Path("empty").touch()
     Path("bad.toml").write_text("n_leyer = 3\n")
     Path("typed.toml").write_text('n_layer = "three"\n')
+    Path("preset.toml").write_text('preset = ["a"]\n')
+    Path("device.toml").write_text("device = 3\n")
+    Path("tables.toml").write_text("[train]\nn_layer = 1\n")
+    Path("twice.toml").write_text("n_layer = 2\n[model]\nn_layer = 3\n")
     data = [] if any(arg.startswith("--data") for arg in args) or args[0] != "train" else ["--data=text.txt"]
     assert sentence in fail_here(*args, *data)
     assert not Path("runs").exists()
@@ -316,6 +329,21 @@ def test_a_users_error_in_a_process_is_one_line(home):
 def test_a_wrong_fastgpt_backend_is_one_line(home):
     assert "FASTGPT_BACKEND: unknown backend 'fast'" in fail("explain", FASTGPT_BACKEND="fast")
     assert "FASTGPT_BACKEND: unknown backend 'fast'" in fail("train", "--data=text.txt", *SHORT, FASTGPT_BACKEND="fast")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(home, fail_here, monkeypatch):
+    monkeypatch.setenv("FASTGPT_CACHE", str(home / "text.txt"))
+    assert "text.txt" in fail_here("train", "--data=text.txt", *SHORT)
+
+
+def test_too_large_a_model_is_one_line(home, here):
+    code, _, err = here("train", "--data=text.txt", "--out=run", "--n-embd=4000000000", "--n-head=1", "--device=cpu")
+    assert (code, err) == (1, "fastgpt: out of memory: the model or the batch is too large for this machine\n")
+
+
+def test_a_vocabulary_larger_than_the_datas_trains_and_samples(home, succeed_here):
+    options = ["--data=text.txt", "--out=run", "--device=cpu", "--vocab-size=500", *SHORT]
+    assert "a sample:" in succeed_here("train", *options, "--max-iters=1")
 
 
 def test_version():

@@ -79,6 +79,10 @@ def test_damaged_token_files_are_named(text_file):
         load_dataset(str(text_file), 8)
 
 
+def test_an_id_beyond_the_vocabulary_is_a_replacement_character():
+    assert CharTokenizer("ab").decode([0, 2, 1]) == "a\ufffdb"
+
+
 class TestBatches:
     tokens = np.arange(100, dtype=np.uint16)
 
@@ -158,6 +162,14 @@ def test_the_standard_library_is_a_long_text():
     assert name == "stdlib"
     assert len(text) > 1_000_000
     assert "def " in text
+
+
+def test_the_standard_library_is_without_tests_and_other_peoples_packages(tmp_path, monkeypatch):
+    for folder in ("", "json", "test", "json/tests", "site-packages/torch", "dist-packages", "__pycache__"):
+        (tmp_path / "lib" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / folder / "module.py").write_text(f"{folder or 'top'}\n")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+    assert load_text("stdlib")[1].split() == ["json", "top"]
 
 
 class TestShakespeare:

@@ -263,7 +263,7 @@ def test_an_empty_environment_is_no_choice(
         (lambda: ops.gelu(torch.ones(2), backend=""), r"^gelu: unknown backend ''"),
         (lambda: dispatch.register("cublas", "gelu", Entry(abs)), r"^register: unknown backend 'cublas'"),
         (lambda: dispatch.register("auto", "gelu", Entry(abs)), r"^register: unknown backend 'auto'"),
-        (lambda: dispatch.register("torch", "layernorm", Entry(abs)), r"^unknown op 'layernorm'; the ops are "),
+        (lambda: dispatch.register("torch", "layernorm", Entry(abs)), r"unknown op 'layernorm'; the ops are "),
         (lambda: dispatch.mark_absent("cublas", ""), r"^mark_absent: unknown backend 'cublas'"),
     ],
 )

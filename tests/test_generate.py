@@ -42,6 +42,19 @@ def test_tokens_depend_on_the_last_block_size_tokens_alone():
     assert drawn(temperature=0, prompt=long) == drawn(temperature=0, prompt=long[-8:])
 
 
+def test_the_model_sees_as_many_tokens_as_it_can():
+    m, lengths = model(), []
+    m.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    list(generate(m, torch.zeros(1, 5, dtype=torch.long), 6))
+    assert lengths == [5, 6, 7, 8, 8, 8]
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (3,)])
+def test_nothing_to_continue_is_refused(shape):
+    with pytest.raises(UserError, match="generate: idx must have shape"):
+        next(generate(model(), torch.zeros(shape, dtype=torch.long), 1))
+
+
 def frequencies(logits, **settings):
     settings = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
     rows = torch.tensor(logits).expand(20_000, -1)
@@ -63,6 +76,7 @@ LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
         ({"top_p": 0.81}, [0.5263, 0.3158, 0.1579, 0]),
         ({"top_p": 1e-6}, [1, 0, 0, 0]),
         ({"temperature": 1e-30}, [1, 0, 0, 0]),
+        ({"temperature": 1e-300}, [1, 0, 0, 0]),
     ],
 )
 def test_tokens_come_as_often_as_the_settings_say(settings, wanted):

@@ -15,7 +15,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("train", "generate", "benchmarks"),
-    ("model", "data", "optim", "checkpoint", "metrics"),
+    ("model", "data", "optim", "checkpoint", "metrics", "placement"),
     ("ops",),
     ("dispatch",),
     ("reference", "torch_native"),

@@ -139,9 +139,11 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize("attention", ["fused", "unfused"])
 def test_every_hot_operation_goes_through_the_dispatch(monkeypatch, attention):
     calls = Counter()
+    dropping = Counter()
 
     def count(op, backend, *args, run=dispatch.run):
         calls[op] += 1
+        dropping[op] += any(type(arg) is float and arg == 0.1 for arg in args)
         return run(op, backend, *args)
 
     monkeypatch.setattr(dispatch, "run", count)
@@ -150,6 +152,8 @@ def test_every_hot_operation_goes_through_the_dispatch(monkeypatch, attention):
     wanted = {"layer_norm": 1, "add_layer_norm": 6, "gelu": 3, "linear_cross_entropy": 1, "dropout": 1}
     wanted |= {"attention_qkvpacked": 3} if attention == "fused" else {"softmax": 3, "dropout": 4}
     assert calls == wanted
+    places = ("add_layer_norm", "attention_qkvpacked", "dropout")
+    assert {op: n for op, n in dropping.items() if n} == {op: wanted[op] for op in places if op in wanted}
 
 
 def test_padded_vocabulary_adds_rows_and_no_logits():
@@ -167,10 +171,22 @@ def test_bad_tokens_are_refused_in_a_sentence():
     model = GPT(GPTConfig(**TINY))
     with pytest.raises(ValueError, match="GPT: idx must have at most block_size 16 columns, got 17"):
         model(torch.zeros(1, 17, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"GPT: idx must have shape \(B, T\), got \(4,\)"):
+    with pytest.raises(ValueError, match=r"GPT: idx must be int64 of shape \(B, T\), got torch.int64 of shape \(4,\)"):
         model(torch.zeros(4, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"targets must have idx's shape \(1, 4\), got \(1, 5\)"):
+    with pytest.raises(ValueError, match=r"GPT: idx must be int64 .* got torch.float32"):
+        model(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"targets must be int64 of idx's shape \(1, 4\), got .* \(1, 5\)"):
         model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"GPT: idx must be in \[0, 13\), got 13"):
+        model(torch.full((1, 4), 13))
+
+
+def test_targets_in_the_padding_of_the_vocabulary_are_refused():
+    model = GPT(GPTConfig(**TINY, vocab_multiple=64))
+    idx = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"GPT: targets must be below 13 \(vocab_size\), got 50"):
+        model(idx, torch.full((1, 4), 50))
+    assert torch.isfinite(model(idx, torch.tensor([[1, -100, 2, 12]]))[1])
 
 
 def test_bigram_is_a_table():

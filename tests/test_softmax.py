@@ -91,3 +91,9 @@ def test_minus_infinity_is_a_probability_of_zero(backend: str) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.125])
 def test_reference_is_pytorch_in_float64(shape: tuple[int, ...], is_causal: bool, scale: float) -> None:
     check_reference(ops.softmax, peer, {"x": sample(*shape, std=3.0)}, scale=scale, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_does_not_overflow_half_precision(backend: str) -> None:
+    x = torch.tensor([[60000.0, 50000.0, 1.0]], dtype=torch.float16)
+    assert ops.softmax(x, scale=4.0, backend=backend).tolist() == [[1.0, 0.0, 0.0]]

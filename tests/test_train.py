@@ -13,7 +13,8 @@ from fastgpt.config import BigramConfig, TrainConfig, UserError
 from fastgpt.metrics import Metrics, read_metrics
 from fastgpt.model import GPT
 from fastgpt.optim import AdamW, build_optimizer, learning_rate
-from fastgpt.train import Trainer, TrainingError, pick_device, pick_dtype
+from fastgpt.placement import pick_device, pick_dtype
+from fastgpt.train import Trainer, TrainingError
 
 MODEL = GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
 CONFIG = TrainConfig(
@@ -131,7 +132,7 @@ def test_a_resumed_run_that_is_done_says_so(tmp_path):
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
-    trainer(tmp_path / "run")
+    trainer(tmp_path / "run").run_until_done()
     before = (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(UserError, match="a run lies here already: continue it with --resume"):
         trainer(tmp_path / "run", lr=1.0)
@@ -185,6 +186,24 @@ def test_gradients_are_clipped(tmp_path):
     t.optimizer.step = lambda: norms.append(torch.cat([p.grad.flatten() for p in t.model.parameters()]).norm().item())
     t._step()
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_fp16_gradients_are_clipped_at_their_true_size(tmp_path):
+    t = trainer(tmp_path / "run", dtype="fp16", grad_clip=1e-3)
+    norms = []
+    # GradScaler calls step only where the unscaled gradients are finite
+    t.optimizer.step = lambda: norms.append(torch.cat([p.grad.flatten() for p in t.model.parameters()]).norm().item())
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    t._step()
+    assert norms[0] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    trainer(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "split": "val", "loss": 9.0}\n')
+    t = trainer(tmp_path / "run")
+    t.run_until_done()
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if line["split"] == "val"] == [0, 10, 20]
 
 
 def test_weight_decay_is_on_matrices_only():

@@ -26,7 +26,8 @@ def adamw_(
     """One AdamW step over all parameters, in place (Loshchilov and Hutter, 2019, algorithm 2).
 
     Args:
-        params, grads: lists of tensors of any sizes on one device, fp32, fp16 or bf16; ``params`` are changed.
+        params, grads: lists of tensors of any sizes on one device, fp32, fp16 or bf16 (float64 on the reference);
+            ``params`` are changed.
         exp_avgs, exp_avg_sqs: the running means of the gradients and of their squares, shaped like ``params``; changed.
         step: fp32 tensor of one element, 1 for the first step; only read.
         lr: fp32 tensor of one element; on the device, so that a captured CUDA graph can be given another.
@@ -62,9 +63,11 @@ def adamw_(
                 f"{op}: {name} must be an fp32 tensor of one element on {params[0].device}, "
                 f"got {scalar.dtype} of shape {tuple(scalar.shape)} on {scalar.device}"
             )
+    if step.device.type == "cpu" and not torch.compiler.is_compiling() and not step.item() >= 1:
+        raise ValueError(f"{op}: step must be at least 1, got {step.item()}")
     numbers = isinstance(betas, tuple) and all(isinstance(beta, (int, float)) for beta in betas)
     if not (numbers and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
-        raise ValueError(f"{op}: betas must be two numbers in [0, 1), got {betas!r}")
+        raise ValueError(f"{op}: betas must be a tuple of two numbers in [0, 1), got {betas!r}")
     for name, value in (("eps", eps), ("weight_decay", weight_decay)):
         check_number(op, name, value)
         if value < 0:

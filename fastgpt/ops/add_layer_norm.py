@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastgpt import dispatch
@@ -21,7 +22,7 @@ def add_layer_norm(
     """Add ``dropout(x)`` to the residual stream and normalise the sum: what stands between two sublayers of a GPT.
 
     Args:
-        x: (..., N), a sublayer's output, fp32, fp16 or bf16.
+        x: (..., N), a sublayer's output, fp32, fp16 or bf16 (float64 on the reference).
         residual: the shape and device of ``x``; its dtype may differ (fp32 beside half-precision ``x``).
         weight, bias: (N,), on ``x``'s device, in its dtype, or fp32 beside half precision; ``bias`` may be None.
         dropout_p: probability that an element of ``x`` is dropped, in [0, 1).
@@ -41,6 +42,8 @@ def add_layer_norm(
     if residual.shape != x.shape:
         raise ValueError(f"add_layer_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     check_device("add_layer_norm", "residual", residual, x, "x")
+    if (residual.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise ValueError(f"add_layer_norm: residual must not mix float64 with x's {x.dtype}, got {residual.dtype}")
     check_dropout("add_layer_norm", dropout_p, seed, x)
     seed = seed_for(dropout_p, seed, x.device)
     return dispatch.run("add_layer_norm", backend, x, residual, weight, bias, dropout_p, eps, seed)

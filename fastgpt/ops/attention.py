@@ -26,7 +26,7 @@ def attention(
     ``F.scaled_dot_product_attention`` casts them.
 
     Args:
-        q: (B, H, Tq, D), fp32, fp16 or bf16, any strides.
+        q: (B, H, Tq, D), fp32, fp16 or bf16 (float64 on the reference), any strides.
         k, v: (B, H, Tk, D), in ``q``'s dtype, on its device.
         is_causal: query i sees keys up to i + Tk - Tq (aligned at the bottom right, as decoding with a cache needs),
             Tk being the sequence's entry of ``seqlens_k`` where that is given.

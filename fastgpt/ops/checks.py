@@ -13,13 +13,13 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def check_tensor(op: str, name: str, x: Any, rank: int | None = None) -> None:
-    """``x`` is a floating-point tensor of a dtype that fastgpt knows, of ``rank`` dimensions (None: at least one)."""
+def check_tensor(op: str, name: str, x: Any, rank: int | None = None, *, scalar: bool = False) -> None:
+    """``x`` is a tensor of a dtype that fastgpt knows, of ``rank`` dimensions (None: at least one, or a ``scalar``)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS:
         raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {_name(x.dtype)}")
-    if rank is None and x.dim() == 0:
+    if rank is None and x.dim() == 0 and not scalar:
         raise ValueError(f"{op}: {name} must have at least one dimension, got a scalar")
     if rank is not None and x.dim() != rank:
         raise ValueError(f"{op}: {name} must have {rank} dimensions, got shape {tuple(x.shape)}")
@@ -117,6 +117,8 @@ def check_targets(op: str, targets: Any, rows: Tensor, rows_name: str, classes: 
             f"got {tuple(targets.shape)}"
         )
     check_device(op, "targets", targets, rows, rows_name)
+    if classes == 0:
+        raise ValueError(f"{op}: there must be at least one class, got none")
     if targets.device.type != "cpu" or torch.compiler.is_compiling() or targets.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(targets))
@@ -160,6 +162,8 @@ def check_tensor_list(op: str, name: str, tensors: Any) -> None:
             )
         if x.device != tensors[0].device:
             raise ValueError(f"{op}: {name}[{index}] must be on device {tensors[0].device}, got {x.device}")
+        if (x.dtype == torch.float64) != (tensors[0].dtype == torch.float64):
+            raise ValueError(f"{op}: {name} must not mix float64 with other dtypes, got {_name(x.dtype)} at {index}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, *, backend: str | 
     """Scale all gradients down, in place, so that their joint 2-norm is at most ``max_norm`` (Pascanu et al., 2013).
 
     Args:
-        grads: a list of tensors of any sizes on one device, fp32, fp16 or bf16; changed.
+        grads: a list of tensors of any sizes on one device, fp32, fp16 or bf16 (float64 on the reference); changed.
         max_norm: the largest norm that is left alone, greater than 0 (infinity only measures).
         backend: "reference", "torch", "triton", "cpp" or "cuda"; None asks ``fastgpt.dispatch``.
     Returns:

@@ -10,7 +10,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, 
     """Mean of -log softmax(``logits``)[target] over the targets that are not ``ignore_index``.
 
     Args:
-        logits: (M, V), fp32, fp16 or bf16; never changed.
+        logits: (M, V), fp32, fp16 or bf16 (float64 on the reference); never changed.
         targets: (M,), int64, in [0, V) or ``ignore_index``, on the logits' device.
         ignore_index: target that counts neither in the loss nor in its mean.
         backend: "reference", "torch", "triton", "cpp" or "cuda"; None asks ``fastgpt.dispatch``.

@@ -13,7 +13,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, backend: str | N
     There is no training flag: in evaluation pass p = 0, which returns ``x`` itself.
 
     Args:
-        x: any shape, fp32, fp16 or bf16.
+        x: any shape, fp32, fp16 or bf16 (float64 on the reference).
         p: probability that an element is dropped, in [0, 1).
         seed: int64 tensor of one element that determines the mask (``fastgpt.reference.dropout_mask``); None draws one
             from the device's default generator.
@@ -24,6 +24,6 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, backend: str | N
         TypeError: an argument that is not a tensor or number.
         ValueError: a wrong dtype or device, ``p`` outside [0, 1), or a backend that cannot run it, with the reason.
     """
-    check_tensor("dropout", "x", x, rank=x.dim() if isinstance(x, Tensor) else None)
+    check_tensor("dropout", "x", x, scalar=True)
     check_dropout("dropout", p, seed, x, p_name="p")
     return dispatch.run("dropout", backend, x, p, seed_for(p, seed, x.device))

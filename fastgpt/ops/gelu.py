@@ -10,7 +10,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", ba
     """GELU of ``x + bias`` in one pass (Hendrycks and Gimpel, 2016).
 
     Args:
-        x: (..., N), fp32, fp16 or bf16.
+        x: (..., N), fp32, fp16 or bf16 (float64 on the reference).
         bias: (N,), on ``x``'s device, in its dtype, or fp32 beside half precision; may be None.
         approximate: "none" for x * Phi(x), "tanh" for the approximation that GPT-2 was trained with.
         backend: "reference", "torch", "triton", "cpp" or "cuda"; None asks ``fastgpt.dispatch``.

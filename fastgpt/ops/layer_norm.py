@@ -12,7 +12,7 @@ def layer_norm(
     """Normalise ``x`` over its last dimension, then scale and shift (Ba et al., 2016, eq. 4).
 
     Args:
-        x: (..., N), fp32, fp16 or bf16.
+        x: (..., N), fp32, fp16 or bf16 (float64 on the reference).
         weight, bias: (N,), on ``x``'s device, in its dtype, or fp32 beside half precision; ``bias`` may be None.
         eps: added to the variance before the square root.
         backend: "reference", "torch", "triton", "cpp" or "cuda"; None asks ``fastgpt.dispatch``.

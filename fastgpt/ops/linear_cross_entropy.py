@@ -15,7 +15,7 @@ def linear_cross_entropy(
     Only the reference makes all logits at once. Under autocast, x and weight are cast as ``F.linear`` casts them.
 
     Args:
-        x: (M, C), fp32, fp16 or bf16.
+        x: (M, C), fp32, fp16 or bf16 (float64 on the reference).
         weight: (V, C), in ``x``'s dtype, on its device.
         targets: (M,), int64, in [0, V) or ``ignore_index``, on ``x``'s device.
         ignore_index: target that counts neither in the loss nor in its mean.

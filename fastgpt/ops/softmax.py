@@ -10,7 +10,7 @@ def softmax(x: Tensor, *, scale: float = 1.0, is_causal: bool = False, backend: 
     """softmax(``scale`` * ``x``) over the last dimension, with an optional causal mask, in one pass.
 
     Args:
-        x: (..., N), fp32, fp16 or bf16; with ``is_causal`` (..., Tq, Tk).
+        x: (..., N), fp32, fp16 or bf16 (float64 on the reference); with ``is_causal`` (..., Tq, Tk).
         scale: factor applied before the exponential.
         is_causal: row i of the last two dimensions sees columns up to i + Tk - Tq (aligned at the bottom right); a row
             that sees none gives 0.
