@@ -27,6 +27,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 SHAKESPEARE_FILE = "tinyshakespeare.txt"
 DOWNLOAD_SECONDS = 30.0
 TRAIN_SHARE = 0.9
+NAMED_TEXTS = ("shakespeare", "stdlib")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from fastgpt.checkpoint import (
     write_config,
 )
 from fastgpt.config import ModelConfig, TrainConfig, UserError
-from fastgpt.data import Batches, Dataset, load_dataset
+from fastgpt.data import NAMED_TEXTS, Batches, Dataset, load_dataset
 from fastgpt.metrics import Metrics, plot_losses
 from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
@@ -75,7 +75,9 @@ class Trainer:
         self.backend = pick_backend(config.backend, self.device, self.dtype)
         tokenizer = read_config(run)[2] if resume else None
         self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
-        self.config = config = replace(config, data=self.dataset.name)
+        found = self.dataset.name  # a path is kept as one that holds from any folder
+        found = found if found in NAMED_TEXTS else str(Path(found).expanduser().resolve())
+        self.config = config = replace(config, data=found)
         if not resume:
             model_config = _with_vocabulary(model_config, self.dataset, keep_vocab_size)
 
@@ -93,7 +95,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if resume:
             load_training(folder, self.model, self.optimizer)
-            self.scaler.load_state_dict(self.state.scaler)
+            if self.state.scaler:  # empty if the run was not in fp16 until now
+                self.scaler.load_state_dict(self.state.scaler)
         self._forward: Any = torch.compile(self.model, fullgraph=True) if config.compile else self.model
         self._autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 

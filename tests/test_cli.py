@@ -184,6 +184,7 @@ def test_settings_from_toml_and_flags_over_them(home, succeed_here):
     assert settings["train"]["max_iters"] == 3
     assert settings["train"]["lr"] == 0.01
     assert settings["train"]["beta2"] == 0.99  # the preset's
+    assert settings["train"]["data"] == str(home / "text.txt")  # found from any folder
 
 
 def test_help_lists_every_field_with_its_type(succeed_here, monkeypatch):

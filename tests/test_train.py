@@ -121,6 +121,14 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, dtype):
     assert vals[0] == vals[1]
 
 
+@pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "bf16")])
+def test_a_resumed_run_may_change_its_dtype(tmp_path, before, after):
+    trainer(tmp_path / "run", dtype=before, max_iters=5).run_until_done()
+    config = read_config(tmp_path / "run")[0]
+    t = trainer(tmp_path / "run", model=config, resume=True, dtype=after)
+    assert t.run_until_done() is True
+
+
 def test_a_resumed_run_that_is_done_says_so(tmp_path):
     trainer(tmp_path / "run").run_until_done()
     config = read_config(tmp_path / "run")[0]
