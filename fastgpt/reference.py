@@ -214,12 +214,13 @@ def adamw_(
     kept = 1 - lr.double() * weight_decay
     for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         g = _acc(grad)
-        first = (_acc(exp_avg) * beta1).add_(g, alpha=1 - beta1)
-        second = (_acc(exp_avg_sq) * beta2).addcmul_(g, g, value=1 - beta2)
+        # _acc gives fp32 and float64 as they are, to be changed in place; half precision is rounded back by copy_.
+        first = _acc(exp_avg).mul_(beta1).add_(g, alpha=1 - beta1)
+        second = _acc(exp_avg_sq).mul_(beta2).addcmul_(g, g, value=1 - beta2)
         update = (first / correction1).div_((second / correction2).sqrt_().add_(eps))
         exp_avg.copy_(first)
         exp_avg_sq.copy_(second)
-        param.copy_((_acc(param) * kept).sub_(update.mul_(lr)))
+        param.copy_(_acc(param).mul_(kept).sub_(update.mul_(lr)))
 
 
 def clip_grad_norm_(grads: list[Tensor], max_norm: float) -> Tensor:
