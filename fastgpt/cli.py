@@ -22,11 +22,11 @@ import fastgpt
 from fastgpt import dispatch
 from fastgpt.checkpoint import Which, find_checkpoint, load_model, read_config
 from fastgpt.config import MODEL_CONFIGS, PRESETS, ModelConfig, TrainConfig, UserError, field_types
-from fastgpt.data import Batches, load_dataset
+from fastgpt.data import load_dataset
 from fastgpt.generate import check_sampling, generate
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
 from fastgpt.tokenizer import CharTokenizer
-from fastgpt.train import Trainer, TrainingError, mean_loss
+from fastgpt.train import Trainer, TrainingError, evaluation_batches, mean_loss
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -186,8 +186,9 @@ def _option(name: str, kind: Any, help: str, panel: str = "Options") -> inspect.
     )
 
 
-_train.__signature__ = _train_signature()  # type: ignore[attr-defined]
-_train.__annotations__ = {p.name: p.annotation for p in _train_signature().parameters.values()}
+_signature = _train_signature()
+_train.__signature__ = _signature  # type: ignore[attr-defined]
+_train.__annotations__ = {p.name: p.annotation for p in _signature.parameters.values()}
 app.command(
     "train",
     help="Train a model. A setting given here wins over --config, and that over the preset's. Presets:\n\n"
@@ -206,10 +207,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     of_train = set(field_types(TrainConfig))
     of_model = set().union(*(field_types(c) for c in MODEL_CONFIGS.values()))
     known = {"": {"preset", *of_train, *of_model}, "model": of_model, "train": of_train}
-    tables = {"": {}, **{name: data.pop(name) for name in ("model", "train") if isinstance(data.get(name), dict)}}
-    tables[""] = data
+    tables = {name: data.pop(name) for name in ("model", "train") if isinstance(data.get(name), dict)}
     settings: dict[str, Any] = {}
-    for table, values in tables.items():
+    for table, values in {"": data, **tables}.items():
         for name, value in values.items():
             if name not in known[table]:
                 near = difflib.get_close_matches(name, known[table], 1)
@@ -320,13 +320,9 @@ def evaluate(
     count = eval_iters or config.final_eval_iters
     autocast = torch.autocast(where.type, dtype=of, enabled=of != torch.float32)
     model.to(where)
-    losses = {}
+    batches = evaluation_batches(dataset, config, model.config.block_size, where)
     with choice:
-        for split, tokens in (("train", dataset.train), ("val", dataset.val)):
-            batches = Batches(
-                tokens, config.batch_size, model.config.block_size, config.seed, f"evaluate {split}", where
-            )
-            losses[split] = mean_loss(model, batches, count, autocast)
+        losses = {split: mean_loss(model, batches[split], count, autocast) for split in batches}
     if as_json:
         print(json.dumps({"step": state.step, "batches": count, **losses}))
         return

@@ -91,13 +91,11 @@ def parse_choice(text: str, source: str) -> dict[str, str]:
     """
     choice: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        op, equals, backend = (word.strip() for word in part.partition("="))
-        if not equals:
-            op, backend = "", part
-        else:
+        op, equals, backend = (word.strip() for word in part.rpartition("="))
+        if equals:
             _check_op(op, source)
         _check_backend(backend, source)
-        choice.update({op: backend} if op else dict.fromkeys(OPS, backend))
+        choice.update({op: backend} if equals else dict.fromkeys(OPS, backend))
     return choice
 
 
@@ -148,7 +146,7 @@ class use_backend:
     """Choose the backend of all ops, or of some, until the ``with`` block ends (in the thread that entered it).
 
     ``use_backend("reference")`` chooses for every op, ``use_backend(attention="torch")`` for those named, and
-    ``use_backend("torch", softmax="reference")`` for both. "auto" hands an op back to the measured table. Blocks nest,
+    ``use_backend("torch", softmax="reference")`` for both. "auto" hands an op back to ``PREFERRED``. Blocks nest,
     and the innermost wins.
 
     Raises:

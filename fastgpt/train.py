@@ -100,13 +100,10 @@ class Trainer:
         self._forward: Any = torch.compile(self.model, fullgraph=True) if config.compile else self.model
         self._autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-        sizes = (config.batch_size, model_config.block_size, config.seed)
-        self._batches = Batches(self.dataset.train, *sizes, "train", self.device)
-        self._eval_batches = {
-            "train": Batches(self.dataset.train, *sizes, "evaluate train", self.device),
-            "val": Batches(self.dataset.val, *sizes, "evaluate val", self.device),
-        }
-        self._tokens_per_step = config.batch_size * config.grad_accum * model_config.block_size
+        block_size = model_config.block_size
+        self._batches = Batches(self.dataset.train, config.batch_size, block_size, config.seed, "train", self.device)
+        self._eval_batches = evaluation_batches(self.dataset, config, block_size, self.device)
+        self._tokens_per_step = config.batch_size * config.grad_accum * block_size
         self._losses: list[Tensor] = []  # of the steps not logged yet, still on the device
         self._speeds: list[float] = []  # tokens per second of each stretch between two log lines
         self._stop = False
@@ -270,6 +267,16 @@ class Trainer:
 
     def _warn(self, message: str) -> None:
         self.console.print(message, style="yellow", markup=False, highlight=False)
+
+
+def evaluation_batches(
+    dataset: Dataset, config: TrainConfig, block_size: int, device: torch.device
+) -> dict[str, Batches]:
+    """The batches of "train" and "val" that a run, and later `fastgpt eval`, average the loss over."""
+    return {
+        split: Batches(tokens, config.batch_size, block_size, config.seed, f"evaluate {split}", device)
+        for split, tokens in (("train", dataset.train), ("val", dataset.val))
+    }
 
 
 @torch.no_grad()
