@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastgpt import reference, torch_native
+from fastgpt.triton_kernels import library as triton_library
 
 OPS = (
     "attention",
@@ -43,23 +44,38 @@ _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One cell of the table: an op's function in one backend, and what it takes.
+class Kernels:
+    """The dispatcher ops with which a kernel backend runs one differentiable op; its ``autograd.Function`` calls them.
 
-    ``limit`` gets the op's arguments and returns why they are out of reach, or None. ``note`` is a sentence about the
-    entry that ``explain`` prints.
+    ``bwd`` is None where the forward makes the gradients too (linear_cross_entropy); ``scale_`` is cross_entropy's, and
+    multiplies by the upstream gradient one that the forward has made.
     """
 
-    fn: Callable[..., Any]
+    fwd: Callable[..., Any]
+    bwd: Callable[..., Any] | None = None
+    scale_: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of the table: how one backend runs an op, and what it takes.
+
+    ``fn`` is a function of the op's arguments, or the ``Kernels`` that the op's own ``autograd.Function`` puts
+    together. ``limit`` gets the op's arguments and returns why they are out of reach, or None. ``note`` is a sentence
+    about the entry that ``explain`` prints, ``hint`` one that is added to the reason where it does not take a device.
+    """
+
+    fn: Callable[..., Any] | Kernels
     device_types: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = _HALF_AND_SINGLE
     limit: Callable[..., str | None] | None = None
     note: str = ""
+    hint: str = ""
 
 
 _table: dict[str, dict[str, Entry]] = {op: {} for op in OPS}
 _absent: dict[str, str] = {
-    name: f"this version of fastgpt does not include the {name} backend" for name in ("triton", "cpp", "cuda")
+    name: f"this version of fastgpt does not include the {name} backend" for name in ("cpp", "cuda")
 }
 
 
@@ -199,14 +215,20 @@ def resolve(op: str, backend: str | None, *args: Any) -> Entry:
     raise ValueError(f"{op}: no backend takes {_dtype_name(x.dtype)} tensors on device {x.device.type!r} here")
 
 
-def run(op: str, backend: str | None, *args: Any) -> Any:
-    """Resolve ``op`` and call it, outside of any autocast: an op computes in the dtypes it was given."""
-    entry = resolve(op, backend, *args)
+def run(op: str, backend: str | None, *args: Any, on_kernels: Callable[..., Any] | None = None) -> Any:
+    """Resolve ``op`` and call it, outside of any autocast: an op computes in the dtypes it was given.
+
+    ``on_kernels`` takes the ``Kernels`` of a kernel backend, and then ``args``.
+    """
+    fn = resolve(op, backend, *args).fn
     device_type = _leading_tensor(args).device.type
+    if isinstance(fn, Kernels):
+        assert on_kernels is not None
+        fn, args = on_kernels, (fn, *args)
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
-            return entry.fn(*args)
-    return entry.fn(*args)
+            return fn(*args)
+    return fn(*args)
 
 
 def reason_against(
@@ -217,7 +239,7 @@ def reason_against(
     if entry is None:
         return _absent.get(backend, f"the {backend} backend has no {op}")
     if device_type not in entry.device_types:
-        return f"it takes {_listed(entry.device_types)} tensors, not {device_type}"
+        return f"it takes {_listed(entry.device_types)} tensors, not {device_type}{entry.hint}"
     if dtype not in entry.dtypes:
         return f"it takes {_listed([_dtype_name(d) for d in entry.dtypes])}, not {_dtype_name(dtype)}"
     if entry.limit is not None and args is not None:
@@ -275,3 +297,32 @@ _TORCH_DETAILS: dict[str, dict[str, Any]] = {
 for _op in OPS:
     register("reference", _op, Entry(getattr(reference, _op), dtypes=(*_HALF_AND_SINGLE, torch.float64)))
     register("torch", _op, Entry(getattr(torch_native, _op), **_TORCH_DETAILS.get(_op, {})))
+
+
+def _register_triton() -> None:
+    """Triton's ops: on GPU tensors, or on CPU tensors in its interpreter."""
+    missing = triton_library.missing()
+    if missing is not None:
+        mark_absent("triton", missing)
+        return
+    interpreting = triton_library.interpreting()
+    device_types = ("cpu",) if interpreting else ("cuda",)
+    hint = "" if interpreting else " (with TRITON_INTERPRET=1 its interpreter runs it on cpu tensors)"
+    names = {
+        "linear_cross_entropy": ("linear_cross_entropy_fwd",),
+        "cross_entropy": ("cross_entropy_fwd", "cross_entropy_bwd", "scale_gradient_"),
+    }
+    limits = {"attention": _head_size_limit, "attention_qkvpacked": _head_size_limit}
+    for op in OPS:
+        if op in ("adamw_", "clip_grad_norm_"):
+            fn: Any = triton_library.op(op)
+        else:
+            fn = Kernels(*(triton_library.op(name) for name in names.get(op, (f"{op}_fwd", f"{op}_bwd"))))
+        register("triton", op, Entry(fn, device_types, limit=limits.get(op), hint=hint))
+
+
+def _head_size_limit(x: torch.Tensor, *_: Any) -> str | None:
+    return f"it takes head sizes up to 256, not {x.shape[-1]}" if x.shape[-1] > 256 else None
+
+
+_register_triton()

@@ -191,7 +191,8 @@ class _BlockedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dx, dweight, count = ctx.saved_tensors
         factor = grads[0] / count
-        return (dx * factor).to(dx.dtype), (dweight * factor).to(ctx.weight_dtype), None, None
+        # In fp32: a GPU would round the factor to the dtype of dx first.
+        return (dx.float() * factor).to(dx.dtype), (dweight * factor).to(ctx.weight_dtype), None, None
 
 
 def _blocked_linear_cross_entropy(

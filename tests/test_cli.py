@@ -156,7 +156,7 @@ def test_explain_names_every_backend_and_why():
             assert len(reason.split()) > 3
     table = succeed("explain", "--device=cpu", FASTGPT_BACKEND="reference,softmax=torch", COLUMNS="150")
     assert "chosen by FASTGPT_BACKEND" in table
-    assert "this version of fastgpt does not include the triton backend" in table
+    assert "this version of fastgpt does not include the cuda backend" in table
     for row in rows:
         assert row["op"] in table
 

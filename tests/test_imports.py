@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fastgpt
 import fastgpt.benchmarks
+import fastgpt.triton_kernels
 
 PACKAGE = Path(fastgpt.__file__).parent
 
@@ -19,6 +20,7 @@ LAYERS = (
     ("ops",),
     ("dispatch",),
     ("reference", "torch_native"),
+    ("triton_kernels",),
     # Below everything: they know nothing of models or ops.
     ("config", "tokenizer", "files"),
 )
@@ -62,7 +64,11 @@ def violations(files: dict[str, Path]) -> list[str]:
 
 def modules() -> dict[str, Path]:
     files = {}
-    for root, package in ((PACKAGE, FACADE), (Path(fastgpt.benchmarks.__file__).parent, "fastgpt.benchmarks")):
+    for root, package in (
+        (PACKAGE, FACADE),
+        (Path(fastgpt.benchmarks.__file__).parent, "fastgpt.benchmarks"),
+        (Path(fastgpt.triton_kernels.__file__).parent, "fastgpt.triton_kernels"),
+    ):
         for path in root.rglob("*.py"):
             name = ".".join((package, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
             if name != FACADE:
@@ -98,7 +104,7 @@ def test_public_names_import_without_the_heavy_ones():
         "print(*(name for name in set(sys.modules) - before))"
     ).split()
     assert "fastgpt.ops.attention" in loaded
-    heavy = ("rich", "typer", "matplotlib", "safetensors", "torch._dynamo", "torch._inductor")
+    heavy = ("triton", "rich", "typer", "matplotlib", "safetensors", "torch._dynamo", "torch._inductor")
     assert [name for name in loaded if name.startswith(heavy)] == []
 
 

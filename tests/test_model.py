@@ -141,10 +141,10 @@ def test_every_hot_operation_goes_through_the_dispatch(monkeypatch, attention):
     calls = Counter()
     dropping = Counter()
 
-    def count(op, backend, *args, run=dispatch.run):
+    def count(op, backend, *args, run=dispatch.run, **options):
         calls[op] += 1
         dropping[op] += any(type(arg) is float and arg == 0.1 for arg in args)
-        return run(op, backend, *args)
+        return run(op, backend, *args, **options)
 
     monkeypatch.setattr(dispatch, "run", count)
     model = GPT(GPTConfig(**TINY, dropout=0.1, attention=attention))

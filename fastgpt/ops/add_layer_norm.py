@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
+from fastgpt.dispatch import Kernels
 from fastgpt.ops.checks import check_device, check_dropout, check_norm, check_tensor
 from fastgpt.ops.seed import seed_for
 
@@ -46,4 +50,40 @@ def add_layer_norm(
         raise ValueError(f"add_layer_norm: residual must not mix float64 with x's {x.dtype}, got {residual.dtype}")
     check_dropout("add_layer_norm", dropout_p, seed, x)
     seed = seed_for(dropout_p, seed, x.device)
-    return dispatch.run("add_layer_norm", backend, x, residual, weight, bias, dropout_p, eps, seed)
+    args = (x, residual, weight, bias, dropout_p, eps, seed)
+    return dispatch.run("add_layer_norm", backend, *args, on_kernels=_AddLayerNorm.apply)
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Kernels,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dropout_p: float,
+        eps: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, residual_out, mean, rstd = kernels.fwd(x, residual, weight, bias, dropout_p, eps, seed)
+        ctx.save_for_backward(residual_out, weight, mean, rstd, seed)
+        ctx.set_materialize_grads(False)  # the last norm of a model ends the stream: no zeros need be read for it
+        ctx.kernels, ctx.dropout_p, ctx.has_bias = kernels, dropout_p, bias is not None
+        ctx.dtypes = (x.dtype, residual.dtype)
+        return y, residual_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        residual_out, weight, mean, rstd, seed = ctx.saved_tensors
+        dy, dresidual_out = grads
+        if dy is None:
+            dy = torch.zeros_like(residual_out, dtype=ctx.dtypes[0])
+        dx, dresidual, dweight, dbias = ctx.kernels.bwd(
+            dy, dresidual_out, residual_out, weight, mean, rstd, ctx.dropout_p, seed, *ctx.dtypes
+        )
+        if seed is None and ctx.dtypes[0] == ctx.dtypes[1]:
+            dx = dresidual  # the one gradient is both
+        return None, dx, dresidual, dweight, dbias if ctx.has_bias else None, None, None, None

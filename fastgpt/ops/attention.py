@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
+from fastgpt.dispatch import Kernels
 from fastgpt.ops.autocast import as_autocast
 from fastgpt.ops.checks import check_dropout, check_flag, check_like, check_number, check_seqlens, check_tensor
 from fastgpt.ops.seed import seed_for
@@ -52,7 +57,8 @@ def attention(
     check_like("attention", "v", v, k, "k", k.shape)
     scale = _check_options("attention", q, k.shape[2], is_causal, dropout_p, scale, seqlens_k, seed)
     seed = seed_for(dropout_p, seed, q.device)
-    return dispatch.run("attention", backend, q, k, v, is_causal, dropout_p, scale, seqlens_k, seed)
+    args = (q, k, v, is_causal, dropout_p, scale, seqlens_k, seed)
+    return dispatch.run("attention", backend, *args, on_kernels=_Attention.apply)
 
 
 def attention_qkvpacked(
@@ -82,7 +88,58 @@ def attention_qkvpacked(
     qkv = as_autocast(qkv)
     scale = _check_options(op, qkv, qkv.shape[1], is_causal, dropout_p, scale, seqlens_k, seed)
     seed = seed_for(dropout_p, seed, qkv.device)
-    return dispatch.run(op, backend, qkv, is_causal, dropout_p, scale, seqlens_k, seed)
+    args = (qkv, is_causal, dropout_p, scale, seqlens_k, seed)
+    return dispatch.run(op, backend, *args, on_kernels=_AttentionQKVPacked.apply)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Kernels,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool,
+        dropout_p: float,
+        scale: float,
+        seqlens_k: Tensor | None,
+        seed: Tensor | None,
+    ) -> Tensor:
+        o, lse = kernels.fwd(q, k, v, is_causal, dropout_p, scale, seqlens_k, seed)
+        ctx.save_for_backward(q, k, v, o, lse, seqlens_k, seed)
+        ctx.kernels, ctx.options = kernels, (is_causal, dropout_p, scale)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        *saved, seqlens_k, seed = ctx.saved_tensors
+        return None, *ctx.kernels.bwd(grads[0], *saved, *ctx.options, seqlens_k, seed), *[None] * 5
+
+
+class _AttentionQKVPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Kernels,
+        qkv: Tensor,
+        is_causal: bool,
+        dropout_p: float,
+        scale: float,
+        seqlens_k: Tensor | None,
+        seed: Tensor | None,
+    ) -> Tensor:
+        o, lse = kernels.fwd(qkv, is_causal, dropout_p, scale, seqlens_k, seed)
+        ctx.save_for_backward(qkv, o, lse, seqlens_k, seed)
+        ctx.kernels, ctx.options = kernels, (is_causal, dropout_p, scale)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        *saved, seqlens_k, seed = ctx.saved_tensors
+        return None, ctx.kernels.bwd(grads[0], *saved, *ctx.options, seqlens_k, seed), *[None] * 5
 
 
 def _check_options(

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
+from fastgpt.dispatch import Kernels
 from fastgpt.ops.checks import check_dropout, check_tensor
 from fastgpt.ops.seed import seed_for
 
@@ -26,4 +31,22 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, backend: str | N
     """
     check_tensor("dropout", "x", x, scalar=True)
     check_dropout("dropout", p, seed, x, p_name="p")
-    return dispatch.run("dropout", backend, x, p, seed_for(p, seed, x.device))
+    return dispatch.run("dropout", backend, x, p, seed_for(p, seed, x.device), on_kernels=_dropout_on_kernels)
+
+
+def _dropout_on_kernels(kernels: Kernels, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    return x if p == 0 else _Dropout.apply(kernels, x, p, seed)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.kernels, ctx.p = kernels, p
+        return kernels.fwd(x, p, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (seed,) = ctx.saved_tensors
+        return None, ctx.kernels.bwd(grads[0], ctx.p, seed), None, None

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
+from fastgpt.dispatch import Kernels
 from fastgpt.ops.checks import check_parameter, check_tensor
 
 
@@ -25,4 +30,19 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", ba
         check_parameter("gelu", "bias", bias, x, "x", x.shape[-1:])
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
-    return dispatch.run("gelu", backend, x, bias, approximate)
+    return dispatch.run("gelu", backend, x, bias, approximate, on_kernels=_GELU.apply)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.kernels, ctx.approximate = kernels, approximate
+        return kernels.fwd(x, bias, approximate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, bias = ctx.saved_tensors
+        dx, dbias = ctx.kernels.bwd(grads[0], x, bias, ctx.approximate)
+        return None, dx, None if bias is None else dbias, None

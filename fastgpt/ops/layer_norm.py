@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
+from fastgpt.dispatch import Kernels
 from fastgpt.ops.checks import check_norm
 
 
@@ -23,4 +28,19 @@ def layer_norm(
         ValueError: a wrong shape, dtype or device, or a backend that cannot run it, with the reason.
     """
     check_norm("layer_norm", x, weight, bias, eps)
-    return dispatch.run("layer_norm", backend, x, weight, bias, eps)
+    return dispatch.run("layer_norm", backend, x, weight, bias, eps, on_kernels=_LayerNorm.apply)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, rstd = kernels.fwd(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.kernels, ctx.has_bias = kernels, bias is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        dx, dweight, dbias = ctx.kernels.bwd(grads[0], *ctx.saved_tensors)
+        return None, dx, dweight, dbias if ctx.has_bias else None, None

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
+from fastgpt.dispatch import Kernels
 from fastgpt.ops.autocast import as_autocast
 from fastgpt.ops.checks import check_like, check_targets, check_tensor
 
@@ -33,4 +38,31 @@ def linear_cross_entropy(
     x, weight = as_autocast(x), as_autocast(weight)
     check_like(op, "weight", weight, x, "x", (weight.shape[0], x.shape[1]))
     check_targets(op, targets, x, "x", weight.shape[0], ignore_index)
-    return dispatch.run(op, backend, x, weight, targets, ignore_index)
+    return dispatch.run(op, backend, x, weight, targets, ignore_index, on_kernels=_linear_cross_entropy_on_kernels)
+
+
+def _linear_cross_entropy_on_kernels(
+    kernels: Kernels, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
+) -> Tensor:
+    with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(kernels, x, weight, targets, ignore_index, with_gradient)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The forward makes the gradients of the sum of losses beside it, so that no logits are kept or made twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Kernels, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
+    ) -> Tensor:
+        loss, inverse_count, dx, dweight = kernels.fwd(x, weight, targets, ignore_index, with_gradient)
+        ctx.save_for_backward(inverse_count, dx, dweight)
+        ctx.dtype = x.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        inverse_count, dx, dweight = ctx.saved_tensors
+        factor = grads[0] * inverse_count  # multiplied in fp32: a GPU would round it to the dtype of dx first
+        return None, (dx.float() * factor).to(ctx.dtype), (dweight * factor).to(ctx.dtype), None, None, None

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
+from fastgpt.dispatch import Kernels
 from fastgpt.ops.checks import check_flag, check_number, check_tensor
 
 
@@ -26,4 +31,19 @@ def softmax(x: Tensor, *, scale: float = 1.0, is_causal: bool = False, backend: 
     if is_causal and x.dim() < 2:
         raise ValueError(f"softmax: x must be (..., Tq, Tk) with is_causal, got shape {tuple(x.shape)}")
     check_number("softmax", "scale", scale)
-    return dispatch.run("softmax", backend, x, scale, is_causal)
+    return dispatch.run("softmax", backend, x, scale, is_causal, on_kernels=_Softmax.apply)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, x: Tensor, scale: float, is_causal: bool) -> Tensor:
+        y = kernels.fwd(x, scale, is_causal)
+        ctx.save_for_backward(y)
+        ctx.kernels, ctx.options = kernels, (scale, is_causal)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (y,) = ctx.saved_tensors
+        return None, ctx.kernels.bwd(grads[0], y, *ctx.options), None, None

@@ -1,0 +1,173 @@
+"""What all launches share: the shape of blocks, by GPU generation or as tuned, and the size of a grid."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# What a kernel is launched with beside its arguments: BLOCK_M and its kin, num_warps, num_stages.
+Blocks = dict[str, Any]
+
+INTERPRETER = 0
+
+# How much of a row that is too long for registers a program takes at a time.
+LONG_ROW_BLOCK = 4096
+
+_forced: dict[str, Blocks] = {}
+
+
+def generation(device: torch.device) -> int:
+    """The row of the tables that ``device`` reads: 80, 86, 90 or 100, or INTERPRETER.
+
+    86 stands for the chips of little shared memory (sm_86, sm_89, sm_120), 100 for the data-center Blackwells.
+    """
+    arch = _arch(device) if device.type == "cuda" else 0
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        arch = triton.runtime.driver.active.get_current_target().arch  # a test compiles for a GPU that is not there
+    if arch == 0:
+        return INTERPRETER
+    if arch in (86, 89) or arch >= 120:
+        return 86
+    return 100 if arch >= 100 else 90 if arch >= 90 else 80
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def blocks_for(kernel: str, x: Tensor, shape_class: str, default: Callable[[int], Blocks]) -> Blocks:
+    """The launch options of ``kernel``: those forced by the tuner, else those it stored for this GPU, else the default.
+
+    Args:
+        kernel: its name in the tuner's table, "softmax_fwd".
+        x: a tensor on the device that runs it.
+        shape_class: what the choice may depend on: never a batch or row count.
+        default: the options for a generation.
+    """
+    chosen = _forced.get(kernel)
+    if chosen is None and x.is_cuda:
+        chosen = tuned_blocks(x.device).get(kernel, {}).get(shape_class)
+    if chosen is None:
+        chosen = default(generation(x.device))
+    # Triton 3.9 wants to be told; contraction of a * b + c into one rounding is what every compiler here does.
+    return {**chosen, "enable_fp_fusion": True}
+
+
+def row_blocks(kernel: str, rows: Tensor, longest: int) -> Blocks:
+    """The options of a kernel that holds whole rows of N elements, or, beyond ``longest``, goes over them in pieces.
+
+    The tile of BLOCK_M rows is large enough to keep 16 elements a thread in flight, which hides the latency of memory.
+    """
+    N = rows.shape[1]
+    width = min(next_power_of_2(N), longest) if longest >= N else LONG_ROW_BLOCK
+
+    def default(generation: int) -> Blocks:
+        tile = 512 if generation == INTERPRETER else 4096
+        block_m = max(1, tile // width)
+        warps = min(max(block_m * width // 512, 1), 16 if width <= 16384 else 32)
+        return {"BLOCK_M": block_m, "BLOCK_N": width, "num_warps": warps}
+
+    return blocks_for(kernel, rows, f"N={width if longest >= N else 'long'} {rows.element_size()} bytes", default)
+
+
+def tile_blocks(kernel: str, rows: Tensor) -> Blocks:
+    """The options of an elementwise kernel over (M, N) rows: a tile of some rows and some columns."""
+    width = min(next_power_of_2(rows.shape[1]), 1024)
+
+    def default(generation: int) -> Blocks:
+        tile = 256 if generation == INTERPRETER else 4096
+        block_n = max(4, min(width, tile))
+        return {"BLOCK_M": max(1, tile // block_n), "BLOCK_N": block_n, "num_warps": 4}
+
+    return blocks_for(kernel, rows, f"N={width} {rows.element_size()} bytes", default)
+
+
+@contextlib.contextmanager
+def forced_blocks(kernel: str, blocks: Blocks) -> Iterator[None]:
+    """Launch ``kernel`` with ``blocks`` and nothing else, until the ``with`` block ends."""
+    _forced[kernel] = blocks
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
+def cache_file(device_name: str) -> Path:
+    """Where `fastgpt tune` keeps what it found on a GPU of that name, with this version of Triton."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-")
+    return root / "fastgpt" / f"blocks_{gpu}_triton-{triton.__version__}.json"
+
+
+def read_blocks(path: Path) -> dict[str, dict[str, Blocks]]:
+    """{kernel: {shape class: options}} of a file that ``write_blocks`` wrote; {} where there is none.
+
+    Raises:
+        RuntimeError: the file holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_text())
+        for classes in table.values():
+            for blocks in classes.values():
+                if not all(isinstance(value, int) for value in blocks.values()):
+                    raise ValueError("a block size is not a number")
+    except (ValueError, AttributeError) as error:
+        raise RuntimeError(
+            f"{path} is not a table that `fastgpt tune` wrote ({error}): remove it, or run `fastgpt tune` again"
+        ) from error
+    return table
+
+
+def write_blocks(path: Path, table: dict[str, dict[str, Blocks]]) -> None:
+    """Write ``table`` so that a reader finds the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    os.replace(fresh, path)
+
+
+@functools.cache
+def tuned_blocks(device: torch.device) -> dict[str, dict[str, Blocks]]:
+    """What the tuner stored for the GPU ``device``, read once."""
+    return read_blocks(cache_file(torch.cuda.get_device_name(device)))
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of ``device``; 2 under the interpreter, so that a program has several tiles there too."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """``x`` of any shape as (M, N) rows whose elements lie side by side."""
+    return as_rows(x if x.dim() else x.reshape(1))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` as (M, N) rows whose elements lie side by side; a view wherever its strides allow one."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
