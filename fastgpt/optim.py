@@ -18,14 +18,15 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups, each group on one device.
-        lr, betas, eps, weight_decay: as in ``ops.adamw_``; ``lr`` is a float, changed through ``param_groups``.
+        lr, betas, eps, weight_decay: as in ``ops.adamw_``; ``lr`` is a float, changed through ``param_groups``, or a
+            tensor as there, which a captured CUDA graph reads anew at each replay.
         backend: of ``ops.adamw_``; None asks ``fastgpt.dispatch`` at each step.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -48,6 +49,7 @@ class AdamW(torch.optim.Optimizer):
             if "step" not in group:
                 group["step"] = torch.zeros((), device=params[0].device)
             group["step"] += 1
+            lr = group["lr"]
             states = [self.state[p] for p in params]
             for p, state in zip(params, states, strict=True):
                 if not state:
@@ -59,7 +61,7 @@ class AdamW(torch.optim.Optimizer):
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 group["step"],
-                lr=torch.full_like(group["step"], group["lr"]),
+                lr=lr if isinstance(lr, Tensor) else torch.full_like(group["step"], lr),
                 betas=group["betas"],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],

@@ -196,4 +196,28 @@ def _split_log(beta: float) -> tuple[float, float]:
 
 
 def _default(generation: int) -> Blocks:
-    return {"BLOCK": 256 if generation == INTERPRETER else 2048, "num_warps": 4}
+    return {"BLOCK": 4096 if generation == INTERPRETER else 2048, "num_warps": 4}
+
+
+if __name__ == "__main__":
+    from fastgpt import reference
+    from fastgpt.triton_kernels.selfcheck import check, sample, start
+
+    (count,) = start(small=(1,), large=(12,))
+    shapes = [(60, 20), (60,), (7,)] if count == 1 else [(3072, 768), (768, 3072), (768, 2304), (768,)] * count
+    params, grads = ([sample(*shape).float() for shape in shapes] for _ in range(2))
+    means = [[torch.zeros_like(x) for x in params] for _ in range(2)]
+    step, lr = (torch.tensor(x, device=params[0].device) for x in (1.0, 0.1))
+    options = (step, lr, [0.9, 0.95], 1e-8, 0.1)
+
+    def run() -> list[Tensor]:
+        adamw_(params, grads, *means, *options)
+        return [x for tensors in (params, *means) for x in tensors]
+
+    def truth() -> list[Tensor]:
+        wide = [[x.double() for x in tensors] for tensors in before]
+        reference.adamw_(*wide, *options)
+        return [x for tensors in (wide[0], *wide[2:]) for x in tensors]
+
+    before = [[x.clone() for x in tensors] for tensors in (params, grads, *means)]
+    check("adamw_", run, truth, moved=28 * sum(x.numel() for x in params))

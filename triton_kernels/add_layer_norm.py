@@ -230,3 +230,34 @@ def add_layer_norm_bwd(
     )
     dweight, dbias = column_sum(partial, weight.dtype)
     return dx, dresidual, dweight, dbias
+
+
+if __name__ == "__main__":
+    from fastgpt import reference
+    from fastgpt.triton_kernels.selfcheck import check, gradients, sample, start
+
+    M, N = start(small=(20, 60), large=(16384, 768))
+    x, residual, dy, dresidual_out = (sample(M, N) for _ in range(4))
+    weight, bias = sample(N), sample(N)
+    p, seed = 0.2, torch.tensor([1234], device=x.device)
+    _, residual_out, mean, rstd = add_layer_norm_fwd(x, residual, weight, bias, p, 1e-5, seed)
+
+    def truth(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.add_layer_norm(x, residual, weight, bias, p, 1e-5, seed)
+
+    inputs = [x, residual, weight, bias]
+    size = x.numel() * x.element_size()
+    check(
+        "add_layer_norm_fwd",
+        lambda: add_layer_norm_fwd(*inputs, p, 1e-5, seed)[:2],
+        lambda: truth(*(x.double() for x in inputs)),
+        moved=4 * size,
+    )
+    check(
+        "add_layer_norm_bwd",
+        lambda: add_layer_norm_bwd(
+            dy, dresidual_out, residual_out, weight, mean, rstd, p, seed, x.dtype, residual.dtype
+        ),
+        gradients(truth, inputs, [dy, dresidual_out]),
+        moved=5 * size,
+    )

@@ -19,8 +19,6 @@ it are made without a mask, and only those that the diagonal or the last key cut
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -674,7 +672,7 @@ def _forward(
     if lse.numel() == 0:
         return lse
     q, k, v = _readable(q, k, v)
-    blocks = _blocks("attention_fwd", q, _fwd_default)
+    blocks = _blocks("attention_fwd", q, seed)
     _attention_fwd_kernel[(cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
         o,
         lse,
@@ -725,7 +723,7 @@ def _backward(
         return
     do, q, k, v = _readable(do, q, k, v)
     delta = torch.empty_like(lse)
-    blocks = _blocks("attention_bwd_delta", q, _delta_default)
+    blocks = _delta_blocks(q)
     if Tq:
         _attention_bwd_delta_kernel[(cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
             delta, do, o, *do.stride()[:3], *o.stride()[:3], H, Tq, HEADDIM=D, **blocks
@@ -736,12 +734,12 @@ def _backward(
     factors = (scale, scale * LOG2_E, threshold_argument(dropout_p), 1 / (1 - dropout_p))
     options = {"IS_CAUSAL": is_causal, "PRECISION": _precision(q), "HEADDIM": D}
     if Tk:
-        blocks = _blocks("attention_bwd_dkdv", q, _dkdv_default)
+        blocks = _blocks("attention_bwd_dkdv", q, seed)
         _attention_bwd_dkdv_kernel[(cdiv(Tk, blocks["BLOCK_N"]) * B * H,)](
             dk, dv, *inputs, *dk.stride()[:3], *dv.stride()[:3], *strides, *sizes, *factors, **options, **blocks
         )
     if Tq:
-        blocks = _blocks("attention_bwd_dq", q, _dq_default)
+        blocks = _blocks("attention_bwd_dq", q, seed)
         _attention_bwd_dq_kernel[(cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
             dq, *inputs, *dq.stride()[:3], *strides, *sizes, *factors, **options, **blocks
         )
@@ -761,61 +759,141 @@ def _precision(x: Tensor) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Block shapes, by GPU generation, padded head size and bytes of an element
+# Block shapes
 # ---------------------------------------------------------------------------------------------------------------------
 
+# BLOCK_M, BLOCK_N, num_warps, num_stages: the largest that do not spill, without dropout and with it (the ten rounds of
+# Philox want registers of their own). By bytes of an element, GPU generation and padded head size; a smaller head takes
+# the row of 64. Exact products of fp32 run on the CUDA cores, out of registers, and so want small tiles on every chip.
+Shape = tuple[int, int, int, int]
+_FP32_FWD = {64: 2 * ((64, 32, 8, 2),), 128: 2 * ((32, 16, 8, 1),), 256: 2 * ((32, 16, 8, 1),)}
+_FP32_DKDV = {64: 2 * ((32, 64, 8, 2),), 128: 2 * ((16, 32, 8, 1),), 256: 2 * ((16, 32, 8, 1),)}
+_BLOCKS: dict[str, dict[int, dict[int, tuple[Shape, ...]]]] = {
+    "attention_fwd": {
+        80: {
+            64: ((128, 64, 4, 3), (128, 64, 8, 3)),
+            128: ((128, 64, 8, 3), (128, 32, 8, 2)),
+            256: ((64, 64, 8, 2), (64, 64, 8, 2)),
+        },
+        86: {
+            64: ((128, 64, 4, 3), (128, 64, 8, 3)),
+            128: ((128, 64, 8, 2), (128, 32, 8, 2)),
+            256: ((64, 32, 8, 1), (64, 32, 8, 1)),
+        },
+        90: {
+            64: ((128, 64, 4, 3), (128, 64, 8, 3)),
+            128: ((128, 64, 8, 3), (128, 64, 8, 3)),
+            256: ((128, 32, 8, 2), (64, 32, 8, 2)),
+        },
+        100: {
+            64: ((128, 64, 8, 3), (128, 64, 8, 3)),
+            128: ((128, 64, 8, 3), (128, 64, 8, 2)),
+            256: ((128, 32, 8, 2), (64, 32, 8, 2)),
+        },
+    },
+    "attention_bwd_dkdv": {
+        80: {
+            64: ((64, 128, 8, 2), (32, 128, 8, 2)),
+            128: ((32, 128, 8, 2), (64, 64, 8, 2)),
+            256: ((32, 64, 8, 2), (32, 64, 8, 1)),
+        },
+        86: {
+            64: ((64, 128, 8, 2), (32, 128, 8, 2)),
+            128: ((32, 128, 8, 2), (64, 64, 8, 2)),
+            256: ((16, 64, 8, 1), (16, 64, 8, 1)),
+        },
+        90: {
+            64: ((64, 128, 8, 2), (32, 128, 8, 2)),
+            128: ((32, 128, 8, 2), (32, 64, 8, 2)),
+            256: ((32, 64, 8, 2), (32, 64, 8, 2)),
+        },
+        100: {
+            64: ((64, 128, 8, 2), (64, 128, 8, 2)),
+            128: ((64, 128, 8, 2), (64, 128, 8, 2)),
+            256: ((32, 64, 8, 2), (32, 64, 8, 2)),
+        },
+    },
+    "attention_bwd_dq": {
+        80: {
+            64: ((128, 64, 8, 2), (128, 64, 8, 2)),
+            128: ((64, 64, 8, 2), (64, 64, 8, 2)),
+            256: ((64, 64, 8, 2), (64, 32, 8, 2)),
+        },
+        86: {
+            64: ((128, 64, 8, 2), (128, 64, 8, 2)),
+            128: ((64, 64, 8, 2), (64, 64, 8, 2)),
+            256: ((32, 32, 8, 1), (32, 32, 8, 1)),
+        },
+        90: {
+            64: ((128, 64, 8, 2), (128, 64, 8, 2)),
+            128: ((128, 64, 8, 2), (64, 64, 8, 2)),
+            256: ((64, 32, 8, 2), (64, 32, 8, 2)),
+        },
+        100: {
+            64: ((128, 64, 8, 2), (128, 64, 8, 2)),
+            128: ((128, 64, 8, 2), (128, 64, 8, 2)),
+            256: ((64, 32, 8, 2), (64, 32, 8, 2)),
+        },
+    },
+}
+_FP32_BLOCKS = {"attention_fwd": _FP32_FWD, "attention_bwd_dkdv": _FP32_DKDV, "attention_bwd_dq": _FP32_FWD}
 
-def _blocks(kernel: str, q: Tensor, table: Callable[[int, int, int], Blocks]) -> Blocks:
-    D = max(16, next_power_of_2(q.shape[3]))
-    blocks = blocks_for(
-        kernel,
-        q,
-        f"D={D} {q.element_size()} bytes",
-        lambda generation: table(generation, D, q.element_size()),
-    )
-    return {"BLOCK_D": D, **blocks}
+
+def _blocks(kernel: str, q: Tensor, seed: Tensor | None) -> Blocks:
+    D = _padded(q)
+
+    def default(generation: int) -> Blocks:
+        if generation == INTERPRETER:
+            shape = (32, 32, 4, 1)
+        else:
+            rows = _FP32_BLOCKS[kernel] if q.element_size() == 4 else _BLOCKS[kernel][generation]
+            shape = rows[max(D, 64)][0 if seed is None else 1]
+        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), shape, strict=True))
+
+    shape_class = f"D={D} {q.element_size()} bytes" + ("" if seed is None else " dropout")
+    return {"BLOCK_D": D, **blocks_for(kernel, q, shape_class, default)}
 
 
-def _options(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Blocks:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+def _delta_blocks(q: Tensor) -> Blocks:
+    D = _padded(q)
+
+    def default(generation: int) -> Blocks:
+        return {"BLOCK_M": 32 if generation == INTERPRETER else 4096 // D, "num_warps": 4}
+
+    return {"BLOCK_D": D, **blocks_for("attention_bwd_delta", q, f"D={D} {q.element_size()} bytes", default)}
 
 
-def _fwd_default(generation: int, D: int, itemsize: int) -> Blocks:
-    if generation == INTERPRETER:
-        return _options(32, 32, 4, 1)
-    if itemsize == 4:
-        # Exact fp32 products run on the CUDA cores, from registers: small tiles.
-        return _options(64, 32, 4, 2) if D <= 64 else _options(32, 32, 4, 1 if D > 128 else 2)
-    if D <= 64:
-        return _options(128, 64, 4, 3)
-    if D == 128:
-        return _options(128, 64, 8, 3) if generation != 86 else _options(128, 32, 8, 2)
-    return _options(128, 64, 8, 2) if generation != 86 else _options(64, 32, 4, 2)
+def _padded(q: Tensor) -> int:
+    """The head size as the kernels take it: a power of two, and no less than a tensor core's depth."""
+    return max(16, next_power_of_2(q.shape[3]))
 
 
-def _delta_default(generation: int, D: int, itemsize: int) -> Blocks:
-    return {"BLOCK_M": 32 if generation == INTERPRETER else max(1, 4096 // D), "num_warps": 4}
+if __name__ == "__main__":
+    from fastgpt import reference
+    from fastgpt.triton_kernels.selfcheck import check, gradients, sample, start
 
+    B, H, T, D = start(small=(1, 2, 40, 24), large=(16, 12, 1024, 64))
+    q, k, v, do = (sample(B, H, T, D) for _ in range(4))
+    size = q.numel() * q.element_size()
+    for name, is_causal, p in (("causal", True, 0.0), ("not causal", False, 0.0), ("causal, dropout", True, 0.2)):
+        options = (is_causal, p, D**-0.5, None, torch.tensor([1234], device=q.device) if p else None)
+        o, lse = attention_fwd(q, k, v, *options)
 
-def _dkdv_default(generation: int, D: int, itemsize: int) -> Blocks:
-    if generation == INTERPRETER:
-        return _options(32, 32, 4, 1)
-    if itemsize == 4:
-        return _options(32, 32, 4, 1)
-    if D <= 64:
-        return _options(64, 128, 8, 2)
-    if D == 128:
-        return _options(64, 128, 8, 2) if generation != 86 else _options(32, 64, 4, 1)
-    return _options(32, 64, 8, 1)
+        def truth(q: Tensor, k: Tensor, v: Tensor, options: tuple = options) -> Tensor:
+            return reference.attention(q, k, v, *options)
 
-
-def _dq_default(generation: int, D: int, itemsize: int) -> Blocks:
-    if generation == INTERPRETER:
-        return _options(32, 32, 4, 1)
-    if itemsize == 4:
-        return _options(32, 32, 4, 1)
-    if D <= 64:
-        return _options(128, 64, 8, 2)
-    if D == 128:
-        return _options(128, 64, 8, 2) if generation != 86 else _options(64, 32, 4, 2)
-    return _options(64, 32, 8, 1)
+        operations = 4 * B * H * T * T * D // (2 if is_causal else 1)
+        check(
+            f"attention_fwd, {name}",
+            lambda options=options: attention_fwd(q, k, v, *options)[0],
+            lambda truth=truth: truth(q.double(), k.double(), v.double()),
+            moved=4 * size,
+            operations=operations,
+        )
+        check(
+            f"attention_bwd, {name}",
+            lambda options=options, o=o, lse=lse: attention_bwd(do, q, k, v, o, lse, *options),
+            gradients(truth, [q, k, v], [do]),
+            moved=8 * size,
+            operations=operations * 5 // 2,
+        )

@@ -56,3 +56,16 @@ def column_sum(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:
 def _default(generation: int) -> Blocks:
     # Narrow blocks of columns: there are few columns, and every program is one more multiprocessor at work.
     return {"BLOCK_M": 32, "BLOCK_N": 1024 if generation == INTERPRETER else 32, "num_warps": 4}
+
+
+if __name__ == "__main__":
+    from fastgpt.triton_kernels.selfcheck import check, sample, start
+
+    programs, N = start(small=(5, 60), large=(264, 768))
+    partial = sample(2, programs, N).float()
+    check(
+        "column_sum",
+        lambda: column_sum(partial, torch.float32),
+        lambda: list(partial.double().sum(1)),
+        moved=partial.numel() * 4,
+    )

@@ -58,3 +58,17 @@ def dropout_fwd(x: Tensor, p: float, seed: Tensor) -> Tensor:
 def dropout_bwd(dy: Tensor, p: float, seed: Tensor) -> Tensor:
     """The gradient of ``dropout_fwd``'s x."""
     return dropout_fwd(dy, p, seed)
+
+
+if __name__ == "__main__":
+    from fastgpt import reference
+    from fastgpt.triton_kernels.selfcheck import check, sample, start
+
+    M, N = start(small=(20, 60), large=(16384, 3072))
+    x, seed = sample(M, N), torch.tensor([1234], device="cpu" if M == 20 else "cuda")
+    check(
+        "dropout_fwd",
+        lambda: dropout_fwd(x, 0.2, seed),
+        lambda: reference.dropout(x.double(), 0.2, seed),
+        moved=2 * x.numel() * x.element_size(),
+    )

@@ -130,3 +130,29 @@ def gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tu
     if bias is None or partial is None:
         return dx, x.new_empty(0)
     return dx, column_sum(partial, bias.dtype)[0]
+
+
+if __name__ == "__main__":
+    from fastgpt import reference
+    from fastgpt.triton_kernels.selfcheck import check, gradients, sample, start
+
+    M, N = start(small=(20, 60), large=(16384, 3072))
+    x, dy, bias = sample(M, N), sample(M, N), sample(N)
+    size = x.numel() * x.element_size()
+    for approximate in ("none", "tanh"):
+
+        def truth(x: Tensor, bias: Tensor, approximate: str = approximate) -> Tensor:
+            return reference.gelu(x, bias, approximate)
+
+        check(
+            f"gelu_fwd, {approximate}",
+            lambda approximate=approximate: gelu_fwd(x, bias, approximate),
+            lambda truth=truth: truth(x.double(), bias.double()),
+            moved=2 * size,
+        )
+        check(
+            f"gelu_bwd, {approximate}",
+            lambda approximate=approximate: gelu_bwd(dy, x, bias, approximate),
+            gradients(truth, [x, bias], [dy]),
+            moved=3 * size,
+        )

@@ -9,11 +9,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from fastgpt.config import UserError
+from fastgpt.files import write_atomically
 
 # What a kernel is launched with beside its arguments: BLOCK_M and its kin, num_warps, num_stages.
 Blocks = dict[str, Any]
@@ -23,7 +26,21 @@ INTERPRETER = 0
 # How much of a row that is too long for registers a program takes at a time.
 LONG_ROW_BLOCK = 4096
 
+
+class Asked(NamedTuple):
+    """What a launch asked for: the default options, and which of them its kernel takes no others of."""
+
+    default: Blocks
+    fixed: tuple[str, ...]
+
+
+class StoredBlocksError(UserError, RuntimeError):
+    """The tuner's file holds what this version of fastgpt cannot use."""
+
+
 _forced: dict[str, Blocks] = {}
+# While `recording`: the generation whose defaults count, and by kernel and shape class what was asked for.
+_recording: tuple[int, dict[tuple[str, str], Asked]] | None = None
 
 
 def generation(device: torch.device) -> int:
@@ -47,7 +64,9 @@ def _arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def blocks_for(kernel: str, x: Tensor, shape_class: str, default: Callable[[int], Blocks]) -> Blocks:
+def blocks_for(
+    kernel: str, x: Tensor, shape_class: str, default: Callable[[int], Blocks], fixed: tuple[str, ...] = ()
+) -> Blocks:
     """The launch options of ``kernel``: those forced by the tuner, else those it stored for this GPU, else the default.
 
     Args:
@@ -55,14 +74,32 @@ def blocks_for(kernel: str, x: Tensor, shape_class: str, default: Callable[[int]
         x: a tensor on the device that runs it.
         shape_class: what the choice may depend on: never a batch or row count.
         default: the options for a generation.
+        fixed: those among them that are no matter of choice.
+    Raises:
+        StoredBlocksError: the tuner's table cannot be read, or holds options that ``kernel`` does not take.
     """
     chosen = _forced.get(kernel)
-    if chosen is None and x.is_cuda:
-        chosen = tuned_blocks(x.device).get(kernel, {}).get(shape_class)
-    if chosen is None:
+    if _recording is not None:
+        asked = Asked(default(_recording[0]), fixed)
+        _recording[1].setdefault((kernel, shape_class), asked)
+        chosen = chosen or asked.default
+    elif chosen is None:
         chosen = default(generation(x.device))
+        stored = tuned_blocks(x.device).get(kernel, {}).get(shape_class) if x.is_cuda else None
+        if stored is not None:
+            if stored.keys() != chosen.keys() or any(stored[name] != chosen[name] for name in fixed):
+                raise StoredBlocksError(
+                    f"{cache_file(torch.cuda.get_device_name(x.device))} holds {listed(stored)} for {kernel}, which "
+                    f"takes options like {listed(chosen)}: another version of fastgpt wrote it; remove it, or run "
+                    "`fastgpt tune` again"
+                )
+            chosen = stored
     # Triton 3.9 wants to be told; contraction of a * b + c into one rounding is what every compiler here does.
     return {**chosen, "enable_fp_fusion": True}
+
+
+def listed(blocks: Blocks) -> str:
+    return ", ".join(f"{name}={value}" for name, value in blocks.items())
 
 
 def row_blocks(kernel: str, rows: Tensor, longest: int) -> Blocks:
@@ -74,12 +111,13 @@ def row_blocks(kernel: str, rows: Tensor, longest: int) -> Blocks:
     width = min(next_power_of_2(N), longest) if longest >= N else LONG_ROW_BLOCK
 
     def default(generation: int) -> Blocks:
-        tile = 512 if generation == INTERPRETER else 4096
+        tile = 2048 if generation == INTERPRETER else 4096
         block_m = max(1, tile // width)
         warps = min(max(block_m * width // 512, 1), 16 if width <= 16384 else 32)
         return {"BLOCK_M": block_m, "BLOCK_N": width, "num_warps": warps}
 
-    return blocks_for(kernel, rows, f"N={width if longest >= N else 'long'} {rows.element_size()} bytes", default)
+    shape_class = f"N={width if longest >= N else 'long'} {rows.element_size()} bytes"
+    return blocks_for(kernel, rows, shape_class, default, fixed=("BLOCK_N",) if longest >= N else ())
 
 
 def tile_blocks(kernel: str, rows: Tensor) -> Blocks:
@@ -87,7 +125,7 @@ def tile_blocks(kernel: str, rows: Tensor) -> Blocks:
     width = min(next_power_of_2(rows.shape[1]), 1024)
 
     def default(generation: int) -> Blocks:
-        tile = 256 if generation == INTERPRETER else 4096
+        tile = 2048 if generation == INTERPRETER else 4096
         block_n = max(4, min(width, tile))
         return {"BLOCK_M": max(1, tile // block_n), "BLOCK_N": block_n, "num_warps": 4}
 
@@ -104,6 +142,21 @@ def forced_blocks(kernel: str, blocks: Blocks) -> Iterator[None]:
         del _forced[kernel]
 
 
+@contextlib.contextmanager
+def recording(generation: int) -> Iterator[dict[tuple[str, str], Asked]]:
+    """Note by kernel and shape class what launches ask for, until the ``with`` block ends.
+
+    They get the defaults of ``generation``, or what is forced: what the tuner stored earlier is not looked at.
+    """
+    global _recording
+    asked: dict[tuple[str, str], Asked] = {}
+    _recording = generation, asked
+    try:
+        yield asked
+    finally:
+        _recording = None
+
+
 def cache_file(device_name: str) -> Path:
     """Where `fastgpt tune` keeps what it found on a GPU of that name, with this version of Triton."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -115,7 +168,7 @@ def read_blocks(path: Path) -> dict[str, dict[str, Blocks]]:
     """{kernel: {shape class: options}} of a file that ``write_blocks`` wrote; {} where there is none.
 
     Raises:
-        RuntimeError: the file holds something else.
+        StoredBlocksError: the file holds something else.
     """
     if not path.exists():
         return {}
@@ -123,10 +176,10 @@ def read_blocks(path: Path) -> dict[str, dict[str, Blocks]]:
         table = json.loads(path.read_text())
         for classes in table.values():
             for blocks in classes.values():
-                if not all(isinstance(value, int) for value in blocks.values()):
-                    raise ValueError("a block size is not a number")
+                if not all(isinstance(value, int) and value > 0 for value in blocks.values()):
+                    raise ValueError("a block size is not a whole number above 0")
     except (ValueError, AttributeError) as error:
-        raise RuntimeError(
+        raise StoredBlocksError(
             f"{path} is not a table that `fastgpt tune` wrote ({error}): remove it, or run `fastgpt tune` again"
         ) from error
     return table
@@ -134,10 +187,7 @@ def read_blocks(path: Path) -> dict[str, dict[str, Blocks]]:
 
 def write_blocks(path: Path, table: dict[str, dict[str, Blocks]]) -> None:
     """Write ``table`` so that a reader finds the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    os.replace(fresh, path)
+    write_atomically(path, (json.dumps(table, indent=1, sort_keys=True) + "\n").encode())
 
 
 @functools.cache

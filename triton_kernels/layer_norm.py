@@ -283,3 +283,29 @@ def layer_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Te
         )
     dweight, dbias = column_sum(partial, weight.dtype)
     return dx, dweight, dbias
+
+
+if __name__ == "__main__":
+    from fastgpt import reference
+    from fastgpt.triton_kernels.selfcheck import check, gradients, sample, start
+
+    M, N = start(small=(20, 60), large=(16384, 768))
+    x, dy, weight, bias = sample(M, N), sample(M, N), sample(N), sample(N)
+    _, mean, rstd = layer_norm_fwd(x, weight, bias, 1e-5)
+
+    def truth(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return reference.layer_norm(x, weight, bias, 1e-5)
+
+    size = x.numel() * x.element_size()
+    check(
+        "layer_norm_fwd",
+        lambda: layer_norm_fwd(x, weight, bias, 1e-5)[0],
+        lambda: truth(x.double(), weight.double(), bias.double()),
+        moved=2 * size,
+    )
+    check(
+        "layer_norm_bwd",
+        lambda: layer_norm_bwd(dy, x, weight, mean, rstd),
+        gradients(truth, [x, weight, bias], [dy]),
+        moved=3 * size,
+    )

@@ -51,3 +51,29 @@ def linear_cross_entropy_fwd(
         else:
             dweight += dlogits.mT @ x[chunk]
     return total * inverse_count, inverse_count, dx, dweight
+
+
+if __name__ == "__main__":
+    from fastgpt import reference
+    from fastgpt.triton_kernels.selfcheck import check, gradients, sample, start
+
+    M, C, V = start(small=(20, 16, 65), large=(4096, 768, 50304))
+    x, weight = sample(M, C), sample(V, C) / C**0.5
+    targets = torch.randint(V, (M,), device=x.device)
+
+    def run() -> list[Tensor]:
+        loss, inverse_count, dx, dweight = linear_cross_entropy_fwd(x, weight, targets, -100, True)
+        return [loss, dx.float() * inverse_count, dweight * inverse_count]
+
+    def truth(x: Tensor, weight: Tensor) -> Tensor:
+        return reference.linear_cross_entropy(x, weight, targets, -100)
+
+    one = torch.ones((), device=x.device)
+    dx_and_dweight = gradients(truth, [x, weight], [one])
+    check(
+        "linear_cross_entropy_fwd",
+        run,
+        lambda: [truth(x.double(), weight.double()), *dx_and_dweight()],
+        moved=5 * M * V * x.element_size(),
+        operations=6 * M * V * C,
+    )

@@ -186,3 +186,28 @@ def softmax_bwd(dy: Tensor, y: Tensor, scale: float, is_causal: bool) -> Tensor:
     grid = (cdiv(M, blocks["BLOCK_M"]),)
     kernel[grid](dx, rows, y, rows.stride(0), M, N, queries, scale, IS_CAUSAL=is_causal, **blocks)
     return dx
+
+
+if __name__ == "__main__":
+    from fastgpt import reference
+    from fastgpt.triton_kernels.selfcheck import check, gradients, sample, start
+
+    M, N = start(small=(6, 60), large=(16384, 1024))
+    x, dy = sample(M, N), sample(M, N)
+    y = softmax_fwd(x, 0.5, False)
+
+    def truth(x: Tensor) -> Tensor:
+        return reference.softmax(x, 0.5, False)
+
+    size = x.numel() * x.element_size()
+    check("softmax_fwd", lambda: softmax_fwd(x, 0.5, False), lambda: truth(x.double()), moved=2 * size)
+    check("softmax_bwd", lambda: softmax_bwd(dy, y, 0.5, False), gradients(truth, [x], [dy]), moved=3 * size)
+
+    square = sample(M, N, N) if M * N < 10000 else sample(64, N, N)
+
+    def causal(x: Tensor) -> Tensor:
+        return reference.softmax(x, 0.5, True)
+
+    # The half above the diagonal is written, as zeros, but not read.
+    moved = square.numel() * square.element_size() * 3 // 2
+    check("softmax_fwd, causal", lambda: softmax_fwd(square, 0.5, True), lambda: causal(square.double()), moved=moved)
