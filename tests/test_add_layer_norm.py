@@ -64,6 +64,7 @@ def stream_inputs(
         ((7, 65), F16, None, F32, True, 0.5),
         ((6, 257), BF16, F32, None, True, 0.5),
         ((5, 96), F32, BF16, None, True, 0.5),
+        ((33, 96), F32, None, None, True, 0.5),
         ((9, 128), BF16, F32, F32, True, 4.0),
         ((0, 32), BF16, F32, F32, True, 0.5),
     ],

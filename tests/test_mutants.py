@@ -107,7 +107,13 @@ MUTANTS = [
         "n = (rows[:, None] * N + start_n) // 4 + tl.arange",
         "n = (rows[:, None] * N + start_n) // 4 + 1 + tl.arange",
         "dropout",
-        "triton",
+    ),
+    Mutant(
+        "Philox's counter is shifted by one where a residual is added",
+        "philox",
+        "n = (rows[:, None] * N + start_n) // 4 + tl.arange",
+        "n = (rows[:, None] * N + start_n) // 4 + 1 + tl.arange",
+        "add_layer_norm",
     ),
     Mutant(
         "attention's Philox counter is shifted by one",
