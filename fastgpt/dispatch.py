@@ -137,9 +137,13 @@ _environment = _choice_from_environment()
 
 
 class _State(threading.local):
-    """The {op: backend} of the innermost use_backend of this thread; None outside of any."""
+    """The {op: backend} of the innermost use_backend of this thread; {} outside of any.
 
-    choice: dict[str, str] | None = None
+    Always a dict: torch 2.10 cannot guard on what is None at one time and a dict at another.
+    """
+
+    def __init__(self) -> None:
+        self.choice: dict[str, str] = {}
 
 
 _state = _State()
@@ -151,7 +155,7 @@ def current_choice() -> dict[str, str]:
     Raises:
         ValueError: FASTGPT_BACKEND names an unknown op or backend.
     """
-    if _state.choice is not None:
+    if _state.choice:
         return _state.choice
     if isinstance(_environment, ValueError):
         raise _environment
@@ -183,7 +187,7 @@ class use_backend:
             if name in _absent:
                 raise ValueError(f"use_backend: backend {name!r} cannot run here: {_absent[name]}")
         self._chosen = chosen
-        self._before: list[dict[str, str] | None] = []
+        self._before: list[dict[str, str]] = []
 
     def __enter__(self) -> None:
         self._before.append(_state.choice)
@@ -264,7 +268,7 @@ def explain(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> lis
             passed_over = f"it can run, but auto prefers {chosen} on {device_type}"
         else:
             chosen = name if reasons[name] is None else None
-            why = "chosen by " + ("use_backend" if _state.choice is not None else "FASTGPT_BACKEND")
+            why = "chosen by " + ("use_backend" if _state.choice else "FASTGPT_BACKEND")
             passed_over = f"it can run, but {name} was chosen"
         others = {b: reason or passed_over for b, reason in reasons.items() if b != chosen}
         note = _table[op][chosen].note if chosen else ""

@@ -160,7 +160,7 @@ def adamw_limit(
 
 
 def clip_grad_norm_(grads: list[Tensor], max_norm: float) -> Tensor:
-    total = torch.nn.utils.get_total_norm([grad.float() for grad in grads], foreach=True)
+    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([grad.float() for grad in grads])))
     torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
 

@@ -232,7 +232,7 @@ def test_use_backend_inside_a_compiled_function(sevens: None) -> None:
 
     for fn in (both, compiled(both)):
         assert [y[0].item() for y in fn(torch.zeros(3))] == [0.0, 7.0, 0.0]
-        assert dispatch._state.choice is None
+        assert dispatch._state.choice == {}
 
 
 def test_the_backend_of_a_call_inside_a_compiled_function(sevens: None) -> None:

@@ -138,7 +138,7 @@ def test_one_use_backend_entered_inside_itself_still_ends(ran: list[tuple[str, s
             assert gelu_ran(ran) != before
         assert gelu_ran(ran) == before
     finally:
-        dispatch._state.choice = None
+        dispatch._state.choice = {}
 
 
 def test_threads_do_not_see_each_others_choice(ran: list[tuple[str, str]]) -> None:
