@@ -206,7 +206,7 @@ def add_layer_norm_bwd(
     M, N = total_rows.shape
     if M == 0:
         return dx, dresidual, torch.zeros_like(weight), torch.zeros_like(weight)
-    blocks = row_blocks("add_layer_norm_bwd", total_rows, LONGEST_BWD_TILE)
+    blocks = row_blocks("add_layer_norm_bwd", total_rows, LONGEST_BWD_TILE, per_thread=8)
     partial = partial_sums(2, cdiv(M, blocks["BLOCK_M"]), N, device)
     _add_layer_norm_bwd_kernel[(partial.shape[1],)](
         None if same else dx,

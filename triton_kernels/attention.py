@@ -29,7 +29,16 @@ from fastgpt.triton_kernels.library import dense_like
 from fastgpt.triton_kernels.philox import keep_quads, threshold_argument
 
 LOG2_E = 1.4426950408889634
-_UNSPECIALIZED = ["batch", "nheads", "seqlen_q", "seqlen_k", "threshold"]
+
+# None of these may make a kernel compile anew: strides go with the sequence's length.
+_UNSPECIALIZED = ["nheads", "seqlen_q", "seqlen_k", "threshold"]
+_UNSPECIALIZED += [f"stride_{x}{d}" for x in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for d in "bhmn"]
+
+
+@triton.jit
+def _multiple(stride, UNIT: tl.constexpr):
+    """``stride`` as the compiler sees that it is a multiple of UNIT, and memory can be read 16 bytes at a time."""
+    return stride // UNIT * UNIT
 
 
 @triton.jit
@@ -155,6 +164,7 @@ def _attention_fwd_kernel(
     NEGATE: tl.constexpr,  # the scale is negative: q is turned round instead, which is exact
     IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,  # elements that every stride is a multiple of
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,  # HEADDIM, padded to a power of two
     BLOCK_M: tl.constexpr,
@@ -175,11 +185,20 @@ def _attention_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     row = head * seqlen_q + offs_m
     rows = tl.arange(0, BLOCK_M)
-    q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, rows, stride_qm, offs_d, seqlen_q, HEADDIM, True)
+    q = _load_rows(
+        q_ptr + _multiple(b * stride_qb + h * stride_qh, UNIT),
+        start_m,
+        rows,
+        _multiple(stride_qm, UNIT),
+        offs_d,
+        seqlen_q,
+        HEADDIM,
+        True,
+    )
     if NEGATE:
         q = -q
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    k_ptr += _multiple(b * stride_kb + h * stride_kh, UNIT)
+    v_ptr += _multiple(b * stride_vb + h * stride_vh, UNIT)
     DROPOUT: tl.constexpr = seed_ptr is not None
     seed = 0
     if DROPOUT:
@@ -201,8 +220,8 @@ def _attention_fwd_kernel(
             q,
             k_ptr,
             v_ptr,
-            stride_kn,
-            stride_vn,
+            _multiple(stride_kn, UNIT),
+            _multiple(stride_vn, UNIT),
             row,
             offs_m,
             offs_d,
@@ -224,7 +243,16 @@ def _attention_fwd_kernel(
     blind = l_i == 0.0
     o = acc * (keep_scale / tl.where(blind, 1.0, l_i))[:, None]
     lse = tl.where(blind, float("inf"), (m_i + tl.log2(tl.where(blind, 1.0, l_i))) * 0.6931471805599453)
-    _store_rows(o_ptr + b * stride_ob + h * stride_oh, o, start_m, rows, stride_om, offs_d, seqlen_q, HEADDIM)
+    _store_rows(
+        o_ptr + _multiple(b * stride_ob + h * stride_oh, UNIT),
+        o,
+        start_m,
+        rows,
+        _multiple(stride_om, UNIT),
+        offs_d,
+        seqlen_q,
+        HEADDIM,
+    )
     tl.store(lse_ptr + row, lse, mask=offs_m < seqlen_q)
 
 
@@ -241,6 +269,7 @@ def _attention_bwd_delta_kernel(
     stride_om,
     nheads,
     seqlen_q,
+    UNIT: tl.constexpr,  # elements that every stride is a multiple of
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -252,10 +281,10 @@ def _attention_bwd_delta_kernel(
     start_m = (tl.program_id(0) % across) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    do_ptr += b * stride_dob + h * stride_doh
-    o_ptr += b * stride_ob + h * stride_oh
-    do = _load_rows(do_ptr, start_m, rows, stride_dom, offs_d, seqlen_q, HEADDIM, True)
-    o = _load_rows(o_ptr, start_m, rows, stride_om, offs_d, seqlen_q, HEADDIM, True)
+    do_ptr += _multiple(b * stride_dob + h * stride_doh, UNIT)
+    o_ptr += _multiple(b * stride_ob + h * stride_oh, UNIT)
+    do = _load_rows(do_ptr, start_m, rows, _multiple(stride_dom, UNIT), offs_d, seqlen_q, HEADDIM, True)
+    o = _load_rows(o_ptr, start_m, rows, _multiple(stride_om, UNIT), offs_d, seqlen_q, HEADDIM, True)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
     tl.store(delta_ptr + head * seqlen_q + start_m + rows, delta, mask=start_m + rows < seqlen_q)
 
@@ -366,6 +395,7 @@ def _attention_bwd_dkdv_kernel(
     keep_scale,  # 1 / (1 - dropout_p)
     IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,  # elements that every stride is a multiple of
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -382,10 +412,28 @@ def _attention_bwd_dkdv_kernel(
     shift = valid - seqlen_q
     rows = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    k = _load_rows(k_ptr + b * stride_kb + h * stride_kh, start_n, rows, stride_kn, offs_d, valid, HEADDIM, True)
-    v = _load_rows(v_ptr + b * stride_vb + h * stride_vh, start_n, rows, stride_vn, offs_d, valid, HEADDIM, True)
-    q_ptr += b * stride_qb + h * stride_qh
-    do_ptr += b * stride_dob + h * stride_doh
+    k = _load_rows(
+        k_ptr + _multiple(b * stride_kb + h * stride_kh, UNIT),
+        start_n,
+        rows,
+        _multiple(stride_kn, UNIT),
+        offs_d,
+        valid,
+        HEADDIM,
+        True,
+    )
+    v = _load_rows(
+        v_ptr + _multiple(b * stride_vb + h * stride_vh, UNIT),
+        start_n,
+        rows,
+        _multiple(stride_vn, UNIT),
+        offs_d,
+        valid,
+        HEADDIM,
+        True,
+    )
+    q_ptr += _multiple(b * stride_qb + h * stride_qh, UNIT)
+    do_ptr += _multiple(b * stride_dob + h * stride_doh, UNIT)
     first_row = head * seqlen_q
     DROPOUT: tl.constexpr = seed_ptr is not None
     seed = 0
@@ -411,8 +459,8 @@ def _attention_bwd_dkdv_kernel(
             do_ptr,
             lse_ptr + first_row,
             delta_ptr + first_row,
-            stride_qm,
-            stride_dom,
+            _multiple(stride_qm, UNIT),
+            _multiple(stride_dom, UNIT),
             first_row,
             start_n,
             offs_d,
@@ -435,10 +483,10 @@ def _attention_bwd_dkdv_kernel(
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
         )
-    dk_ptr += b * stride_dkb + h * stride_dkh
-    dv_ptr += b * stride_dvb + h * stride_dvh
-    _store_rows(dk_ptr, dk * scale, start_n, rows, stride_dkn, offs_d, seqlen_k, HEADDIM)
-    _store_rows(dv_ptr, dv, start_n, rows, stride_dvn, offs_d, seqlen_k, HEADDIM)
+    dk_ptr += _multiple(b * stride_dkb + h * stride_dkh, UNIT)
+    dv_ptr += _multiple(b * stride_dvb + h * stride_dvh, UNIT)
+    _store_rows(dk_ptr, dk * scale, start_n, rows, _multiple(stride_dkn, UNIT), offs_d, seqlen_k, HEADDIM)
+    _store_rows(dv_ptr, dv, start_n, rows, _multiple(stride_dvn, UNIT), offs_d, seqlen_k, HEADDIM)
 
 
 @triton.jit
@@ -522,6 +570,7 @@ def _attention_bwd_dq_kernel(
     keep_scale,  # 1 / (1 - dropout_p)
     IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,  # elements that every stride is a multiple of
     HEADDIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -539,13 +588,22 @@ def _attention_bwd_dq_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     row = head * seqlen_q + offs_m
     rows = tl.arange(0, BLOCK_M)
-    q = _load_rows(q_ptr + b * stride_qb + h * stride_qh, start_m, rows, stride_qm, offs_d, seqlen_q, HEADDIM, True)
-    do_ptr += b * stride_dob + h * stride_doh
-    do = _load_rows(do_ptr, start_m, rows, stride_dom, offs_d, seqlen_q, HEADDIM, True)
+    q = _load_rows(
+        q_ptr + _multiple(b * stride_qb + h * stride_qh, UNIT),
+        start_m,
+        rows,
+        _multiple(stride_qm, UNIT),
+        offs_d,
+        seqlen_q,
+        HEADDIM,
+        True,
+    )
+    do_ptr += _multiple(b * stride_dob + h * stride_doh, UNIT)
+    do = _load_rows(do_ptr, start_m, rows, _multiple(stride_dom, UNIT), offs_d, seqlen_q, HEADDIM, True)
     lse = tl.load(lse_ptr + row, mask=offs_m < seqlen_q, other=float("inf")) * 1.4426950408889634
     delta = tl.load(delta_ptr + row, mask=offs_m < seqlen_q, other=0.0)
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    k_ptr += _multiple(b * stride_kb + h * stride_kh, UNIT)
+    v_ptr += _multiple(b * stride_vb + h * stride_vh, UNIT)
     DROPOUT: tl.constexpr = seed_ptr is not None
     seed = 0
     if DROPOUT:
@@ -566,8 +624,8 @@ def _attention_bwd_dq_kernel(
             delta,
             k_ptr,
             v_ptr,
-            stride_kn,
-            stride_vn,
+            _multiple(stride_kn, UNIT),
+            _multiple(stride_vn, UNIT),
             row,
             offs_m,
             offs_d,
@@ -586,8 +644,8 @@ def _attention_bwd_dq_kernel(
             HEADDIM=HEADDIM,
             BLOCK_N=BLOCK_N,
         )
-    dq_ptr += b * stride_dqb + h * stride_dqh
-    _store_rows(dq_ptr, dq * scale, start_m, rows, stride_dqm, offs_d, seqlen_q, HEADDIM)
+    dq_ptr += _multiple(b * stride_dqb + h * stride_dqh, UNIT)
+    _store_rows(dq_ptr, dq * scale, start_m, rows, _multiple(stride_dqm, UNIT), offs_d, seqlen_q, HEADDIM)
 
 
 def attention_fwd(
@@ -694,6 +752,7 @@ def _forward(
         NEGATE=scale < 0,
         IS_CAUSAL=is_causal,
         PRECISION=_precision(q),
+        UNIT=_unit(o, q, k, v),
         HEADDIM=D,
         **blocks,
     )
@@ -722,17 +781,18 @@ def _backward(
     if B * H == 0:
         return
     do, q, k, v = _readable(do, q, k, v)
+    unit = _unit(dq, dk, dv, do, q, k, v, o)
     delta = torch.empty_like(lse)
     blocks = _delta_blocks(q)
     if Tq:
         _attention_bwd_delta_kernel[(cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
-            delta, do, o, *do.stride()[:3], *o.stride()[:3], H, Tq, HEADDIM=D, **blocks
+            delta, do, o, *do.stride()[:3], *o.stride()[:3], H, Tq, UNIT=unit, HEADDIM=D, **blocks
         )
     inputs = (do, q, k, v, lse, delta, seqlens_k, seed)
     strides = [stride for x in (do, q, k, v) for stride in x.stride()[:3]]
     sizes = (H, Tq, Tk)
     factors = (scale, scale * LOG2_E, threshold_argument(dropout_p), 1 / (1 - dropout_p))
-    options = {"IS_CAUSAL": is_causal, "PRECISION": _precision(q), "HEADDIM": D}
+    options = {"IS_CAUSAL": is_causal, "PRECISION": _precision(q), "UNIT": unit, "HEADDIM": D}
     if Tk:
         blocks = _blocks("attention_bwd_dkdv", q, seed)
         _attention_bwd_dkdv_kernel[(cdiv(Tk, blocks["BLOCK_N"]) * B * H,)](
@@ -751,6 +811,12 @@ def _readable(*tensors: Tensor) -> list[Tensor]:
     The elements of a row must lie side by side, and the rows of a tile within 2^31 elements of each other.
     """
     return [x if x.stride(-1) == 1 and x.stride(-2) < 1 << 23 else x.contiguous() for x in tensors]
+
+
+def _unit(*tensors: Tensor) -> int:
+    """The elements of 16 bytes if every stride is a multiple of them, else 1."""
+    unit = 16 // tensors[0].element_size()
+    return unit if all(stride % unit == 0 for x in tensors for stride in x.stride()[:3]) else 1
 
 
 def _precision(x: Tensor) -> str:

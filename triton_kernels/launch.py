@@ -102,18 +102,19 @@ def listed(blocks: Blocks) -> str:
     return ", ".join(f"{name}={value}" for name, value in blocks.items())
 
 
-def row_blocks(kernel: str, rows: Tensor, longest: int) -> Blocks:
+def row_blocks(kernel: str, rows: Tensor, longest: int, per_thread: int = 16) -> Blocks:
     """The options of a kernel that holds whole rows of N elements, or, beyond ``longest``, goes over them in pieces.
 
-    The tile of BLOCK_M rows is large enough to keep 16 elements a thread in flight, which hides the latency of memory.
+    Eight warps, and as many rows as give each thread ``per_thread`` elements: enough of them in flight to hide the
+    latency of memory, and few enough that all the tensors a kernel holds a tile of find room in its registers.
     """
     N = rows.shape[1]
     width = min(next_power_of_2(N), longest) if longest >= N else LONG_ROW_BLOCK
 
     def default(generation: int) -> Blocks:
-        tile = 2048 if generation == INTERPRETER else 4096
+        tile = 2048 if generation == INTERPRETER else 256 * per_thread
         block_m = max(1, tile // width)
-        warps = min(max(block_m * width // 512, 1), 16 if width <= 16384 else 32)
+        warps = min(max(block_m * width // (32 * per_thread), 1), 32)
         return {"BLOCK_M": block_m, "BLOCK_N": width, "num_warps": warps}
 
     shape_class = f"N={width if longest >= N else 'long'} {rows.element_size()} bytes"

@@ -268,7 +268,7 @@ def layer_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Te
     if M == 0:
         return dx, torch.zeros_like(weight), torch.zeros_like(weight)
     weight = weight.contiguous()
-    blocks = row_blocks("layer_norm_bwd", rows, LONGEST_BWD_TILE)
+    blocks = row_blocks("layer_norm_bwd", rows, LONGEST_BWD_TILE, per_thread=8)
     tiles = cdiv(M, blocks["BLOCK_M"])
     partial = partial_sums(2, tiles, N, x.device)
     programs = partial.shape[1]

@@ -3,7 +3,7 @@
 What moves: forward reads x and writes y, backward reads y and dy and writes dx, each once: 2 and 3 tensors. That holds
 while a row fits into one program's registers. A longer row is gone over twice, in the forward with a running maximum
 and a sum that is rescaled whenever the maximum grows (Milakov and Gimelshein, "Online normalizer calculation for
-softmax", 2018). What the causal mask hides is not read.
+softmax", 2018). What the causal mask hides is not read, but for the rest of the 8 columns that the diagonal cuts.
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ def _visible(offs_m, offs_n, M, N, Tq, IS_CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _load_scaled(x_row, offs_n, visible, scale):
-    x = tl.load(x_row + offs_n[None, :], mask=visible, other=0.0).to(tl.float32)
-    return tl.where(visible, x * scale, float("-inf"))
+def _load_visible(rows, offs_m, offs_n, M, N, Tq, scale, hidden, IS_CAUSAL: tl.constexpr):
+    """``scale`` times what ``rows``, pointers, may see, in fp32, and ``hidden`` elsewhere."""
+    mask = _inside(offs_m, offs_n, M, N)
+    if IS_CAUSAL:
+        # A load is as wide as its mask is constant: with that of single columns, each would be a load of its own.
+        mask = mask & _visible(offs_m, offs_n // 8 * 8, M, N, Tq, IS_CAUSAL)
+    x = tl.load(rows + offs_n[None, :], mask=mask, other=0.0).to(tl.float32) * scale
+    return tl.where(_visible(offs_m, offs_n, M, N, Tq, IS_CAUSAL), x, hidden)
 
 
 @triton.jit(do_not_specialize=["M", "Tq"])
@@ -55,8 +60,8 @@ def _softmax_fwd_kernel(
     # A program holds BLOCK_M whole rows: short rows share one, so that it has enough loads in flight.
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    visible = _visible(offs_m, offs_n, M, N, Tq, IS_CAUSAL)
-    x = _load_scaled(x_ptr + offs_m[:, None] * stride_xm, offs_n, visible, scale)
+    x_row = x_ptr + offs_m[:, None] * stride_xm
+    x = _load_visible(x_row, offs_m, offs_n, M, N, Tq, scale, float("-inf"), IS_CAUSAL)
     # A row that sees nothing has no maximum (-inf - -inf is NaN) and no sum (0 / 0): it gives 0.
     m = tl.max(x, axis=1)
     e = tl.exp(x - tl.where(m == float("-inf"), 0.0, m)[:, None])
@@ -86,7 +91,7 @@ def _softmax_fwd_long_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        x = _load_scaled(x_row, offs_n, _visible(offs_m, offs_n, M, N, Tq, IS_CAUSAL), scale)
+        x = _load_visible(x_row, offs_m, offs_n, M, N, Tq, scale, float("-inf"), IS_CAUSAL)
         m_new = tl.maximum(m, tl.max(x, axis=1))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         total = total * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
@@ -95,7 +100,7 @@ def _softmax_fwd_long_kernel(
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     for start in tl.range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        x = _load_scaled(x_row, offs_n, _visible(offs_m, offs_n, M, N, Tq, IS_CAUSAL), scale)
+        x = _load_visible(x_row, offs_m, offs_n, M, N, Tq, scale, float("-inf"), IS_CAUSAL)
         y = tl.exp(x - shift[:, None]) * inverse[:, None]
         y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=_inside(offs_m, offs_n, M, N))
@@ -118,12 +123,11 @@ def _softmax_bwd_kernel(
     # dx = scale * y * (dy - sum(y * dy))
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    visible = _visible(offs_m, offs_n, M, N, Tq, IS_CAUSAL)
-    offs_y = offs_m[:, None] * N + offs_n[None, :]
-    y = tl.load(y_ptr + offs_y, mask=visible, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :], mask=visible, other=0.0).to(tl.float32)
+    y = _load_visible(y_ptr + offs_m[:, None] * N, offs_m, offs_n, M, N, Tq, 1.0, 0.0, IS_CAUSAL)
+    dy = _load_visible(dy_ptr + offs_m[:, None] * stride_dym, offs_m, offs_n, M, N, Tq, 1.0, 0.0, IS_CAUSAL)
     dx = scale * y * (dy - tl.sum(y * dy, axis=1)[:, None])
-    tl.store(dx_ptr + offs_y, dx.to(dx_ptr.dtype.element_ty), mask=_inside(offs_m, offs_n, M, N))
+    dx_ptrs = dx_ptr + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=_inside(offs_m, offs_n, M, N))
 
 
 @triton.jit(do_not_specialize=["M", "Tq"])
@@ -141,21 +145,20 @@ def _softmax_bwd_long_kernel(
     BLOCK_N: tl.constexpr,
 ):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    y_row, dy_row = y_ptr + offs_m[:, None] * N, dy_ptr + offs_m[:, None] * stride_dym
     dot = tl.zeros((BLOCK_M,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        visible = _visible(offs_m, offs_n, M, N, Tq, IS_CAUSAL)
-        y = tl.load(y_ptr + offs_m[:, None] * N + offs_n[None, :], mask=visible, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :], mask=visible, other=0.0).to(tl.float32)
+        y = _load_visible(y_row, offs_m, offs_n, M, N, Tq, 1.0, 0.0, IS_CAUSAL)
+        dy = _load_visible(dy_row, offs_m, offs_n, M, N, Tq, 1.0, 0.0, IS_CAUSAL)
         dot += tl.sum(y * dy, axis=1)
     for start in tl.range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        visible = _visible(offs_m, offs_n, M, N, Tq, IS_CAUSAL)
-        offs_y = offs_m[:, None] * N + offs_n[None, :]
-        y = tl.load(y_ptr + offs_y, mask=visible, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :], mask=visible, other=0.0).to(tl.float32)
+        y = _load_visible(y_row, offs_m, offs_n, M, N, Tq, 1.0, 0.0, IS_CAUSAL)
+        dy = _load_visible(dy_row, offs_m, offs_n, M, N, Tq, 1.0, 0.0, IS_CAUSAL)
         dx = scale * y * (dy - dot[:, None])
-        tl.store(dx_ptr + offs_y, dx.to(dx_ptr.dtype.element_ty), mask=_inside(offs_m, offs_n, M, N))
+        dx_ptrs = dx_ptr + offs_m[:, None] * N + offs_n[None, :]
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=_inside(offs_m, offs_n, M, N))
 
 
 def softmax_fwd(x: Tensor, scale: float, is_causal: bool) -> Tensor:
