@@ -21,12 +21,13 @@ from rich.table import Table
 import fastgpt
 from fastgpt import dispatch
 from fastgpt.checkpoint import Which, find_checkpoint, load_model, read_config
-from fastgpt.config import MODEL_CONFIGS, PRESETS, ModelConfig, TrainConfig, UserError, field_types
+from fastgpt.config import MODEL_CONFIGS, PRESETS, GPTConfig, ModelConfig, TrainConfig, UserError, field_types
 from fastgpt.data import load_dataset
 from fastgpt.generate import check_sampling, generate
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.train import Trainer, TrainingError, evaluation_batches, mean_loss
+from fastgpt.triton_kernels import library as triton_library
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -114,16 +115,11 @@ def _train(preset: str | None, config: Path | None, out: Path | None, resume: bo
                     f"{getattr(model_config, name)}"
                 )
     else:
-        settings = {**_read_toml(config), **given} if config else given
-        preset = settings.pop("preset", None) if preset is None else preset
-        settings.pop("preset", None)
+        preset, given = _settings(preset, config, given)
         if preset is None:
-            device = pick_device(settings.get("device", "auto"))
+            device = pick_device(given.get("device", "auto"))
             preset = "shakespeare-cpu" if device.type == "cpu" else "shakespeare"
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise UserError(f"there is no preset {preset!r}; the presets are {', '.join(PRESETS)}")
         model_config, train_config = PRESETS[preset].model, PRESETS[preset].train
-        given = settings
     model_config, train_config = _override(model_config, train_config, given)
     run = out or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -194,6 +190,16 @@ app.command(
     help="Train a model. A setting given here wins over --config, and that over the preset's. Presets:\n\n"
     + "\n\n".join(f"{name}: {preset.source}" for name, preset in PRESETS.items()),
 )(_train)
+
+
+def _settings(preset: str | None, config: Path | None, given: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The preset's name, None where neither the command line nor the file has one, and the settings over it."""
+    settings = {**(_read_toml(config) if config else {}), **given}
+    of_file = settings.pop("preset", None)
+    name = of_file if preset is None else preset
+    if name is not None and (not isinstance(name, str) or name not in PRESETS):
+        raise UserError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return name, settings
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -365,3 +371,85 @@ def explain(
         for reason, names in ops_of.items():
             table.add_row(backend, "any op" if len(names) == len(rows) else ", ".join(names), reason)
     console.print(table)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fastgpt tune
+# ---------------------------------------------------------------------------------------------------------------------
+
+_DRY_RUN_GENERATION = 90  # whose defaults a dry run goes by where there is no GPU
+
+
+@app.command("tune")
+def tune_kernels(
+    preset: Annotated[Literal[tuple(PRESETS)] | None, typer.Option(help="default: gpt2")] = None,  # type: ignore[valid-type]
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings, as for train")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="sequences per forward pass")] = None,
+    block_size: Annotated[int | None, typer.Option(help="tokens of a sequence")] = None,
+    n_head: Annotated[int | None, typer.Option(help="attention heads per block")] = None,
+    n_embd: Annotated[int | None, typer.Option(help="width of the residual stream")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="number of different tokens, as the data has them")] = None,
+    dropout: Annotated[float | None, typer.Option(help="probability of dropping, in [0, 1)")] = None,
+    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="of activations")] = None,
+    device: _DeviceOption = "auto",
+    only: Annotated[list[str] | None, typer.Option(metavar="KERNEL", help="tune only this kernel; repeatable")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be measured; needs no GPU")] = False,
+) -> None:
+    """Measure other block shapes for the Triton kernels on this GPU, and store what is faster for later runs.
+
+    The shapes are those of a training step of the preset, with the settings given here over it.
+    """
+    shape = {
+        "batch_size": batch_size,
+        "block_size": block_size,
+        "n_head": n_head,
+        "n_embd": n_embd,
+        "vocab_size": vocab_size,
+        "dropout": dropout,
+        "dtype": dtype,
+    }
+    given = {name: value for name, value in shape.items() if value is not None}
+    name, settings = _settings(preset, config, given)
+    chosen = PRESETS[name or "gpt2"]
+    model, training = _override(chosen.model, chosen.train, settings)
+    if not isinstance(model, GPTConfig):
+        raise UserError(f"tune takes the shape of a GPT, which the preset {name!r} is not")
+    where = pick_device(training.device if device == "auto" else device)
+    on_gpu = where.type == "cuda"
+    if not on_gpu and not dry_run:
+        raise UserError(f"there is no GPU to measure on (device {where}); --dry-run lists what would be measured")
+    missing = triton_library.missing()
+    if missing is not None or (triton_library.interpreting() and not dry_run):
+        raise UserError(f"Triton's kernels cannot be measured: {missing or 'TRITON_INTERPRET is set'}")
+    from fastgpt.triton_kernels import launch, tune  # Triton takes a second to load
+
+    workload = tune.Workload(
+        batch_size=training.batch_size,
+        block_size=model.block_size,
+        n_head=model.n_head,
+        n_embd=model.n_embd,
+        vocab_size=model.padded_vocab_size,
+        dropout=model.dropout,
+        bias=model.bias,
+        gelu=model.gelu,
+        dtype=pick_dtype(training.dtype, where) if on_gpu else DTYPES.get(training.dtype, torch.bfloat16),
+    )
+    todo = tune.jobs(workload, launch.generation(where) if on_gpu else _DRY_RUN_GENERATION)
+    kernels = list(dict.fromkeys(job.kernel for job in todo))
+    for kernel in only or ():
+        if kernel not in kernels:
+            raise UserError(f"--only: there is no kernel {kernel!r}; the kernels are {', '.join(kernels)}")
+    todo = [job for job in todo if job.kernel in (only or kernels)]
+    console = Console(soft_wrap=True, highlight=False)
+    if dry_run:
+        table = Table("kernel", "shape class", "candidates")
+        for job in todo:
+            table.add_row(job.kernel, job.shape_class, str(len(tune.candidates(job))))
+        console.print(table)
+        if not on_gpu:
+            console.print(f"by the defaults for compute capability {_DRY_RUN_GENERATION / 10}, for lack of a GPU")
+        return
+    path = launch.cache_file(torch.cuda.get_device_name(where))
+    with torch.cuda.device(where):
+        tune.tune(todo, where, path, say=lambda line: console.print(line, markup=False))
+    console.print(f"stored in {path}", markup=False)
