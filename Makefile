@@ -1,9 +1,11 @@
 # train, test and lint each set up what they need in .venv; `make test PYTHON=python3.12` chooses the interpreter for it.
+# gpu-check takes $(PYTHON) as it is; `make gpu-check STAGE=bench` chooses the stage: test, sanitize or bench.
 PYTHON ?= python3
+STAGE ?= test
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-full lint format clean
+.PHONY: train test test-full kernel-table lint format gpu-check clean
 
 train: $(VENV)/installed
 	$(BIN)/fastgpt train $(ARGS)
@@ -14,6 +16,10 @@ test: $(VENV)/installed
 test-full: $(VENV)/installed
 	$(BIN)/pytest --full $(ARGS)
 
+# What the Triton kernels compile to, into docs/kernels.md: three chips, no GPU, a few minutes.
+kernel-table: $(VENV)/installed
+	$(BIN)/python tests/triton_matrix.py --doc docs/kernels.md
+
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -22,6 +28,14 @@ lint: $(VENV)/installed-lint
 format: $(VENV)/installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Nothing is installed, and nothing downloaded: links in a passing folder put the package together as setuptools would.
+gpu-check:
+	@tree=$$(mktemp -d) && trap 'rm -rf "$$tree"' EXIT HUP INT TERM && \
+	cp -rs "$(CURDIR)/fastgpt" "$$tree/" && \
+	cp -rs "$(CURDIR)/benchmarks" "$(CURDIR)/triton_kernels" "$$tree/fastgpt/" && \
+	PYTHONPATH="$$tree$${PYTHONPATH:+:$$PYTHONPATH}" \
+	$(PYTHON) "$$tree/fastgpt/benchmarks/gpu_check.py" --stage $(STAGE) $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

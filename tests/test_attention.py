@@ -296,6 +296,6 @@ def test_reference_passes_gradcheck() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_large_half_precision_inputs_do_not_overflow(backend: str, dropout_p: float) -> None:
-    q = torch.full((1, 1, 4, 64), 40.0, dtype=torch.float16)
+    q = torch.full((1, 1, 4, 64), 40.0, dtype=torch.float16, device=DEVICE)
     y = ops.attention(q, q, torch.ones_like(q), dropout_p=dropout_p, backend=backend)
     assert y.isfinite().all()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from error_rule import BACKENDS, sample
+from error_rule import BACKENDS, DEVICE, sample
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -40,8 +40,8 @@ class Example:
 def examples() -> dict[str, Example]:
     x, residual, weight, bias = sample(6, 24), sample(6, 24), sample(24), sample(24)
     q, k, v = (sample(2, 2, 9, 16) for _ in "qkv")
-    targets = torch.tensor([0, 23, -100, 7, 7, 1])
-    seqlens = torch.tensor([9, 4], dtype=torch.int32)
+    targets = torch.tensor([0, 23, -100, 7, 7, 1], device=DEVICE)
+    seqlens = torch.tensor([9, 4], dtype=torch.int32, device=DEVICE)
 
     def attention(backend: str, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor) -> Tensor:
         return ops.attention(q, k, v, seqlens_k=seqlens, backend=backend)
@@ -107,7 +107,7 @@ def outputs_and_gradients(fn: Callable[..., Any], backend: str, inputs: list[Ten
     torch.manual_seed(3)
     outputs = fn(backend, *leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [torch.linspace(-1, 2, y.numel()).view(y.shape) for y in outputs]
+    upstream = [torch.linspace(-1, 2, y.numel(), device=DEVICE).view(y.shape) for y in outputs]
     needed = [x for x in leaves if x.is_floating_point()]
     return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, needed, upstream))
 
@@ -142,9 +142,9 @@ def optimizer_step(backend: str, params: list[Tensor], grads: list[Tensor], mean
 
 def compare_optimizer_with_eager(backend: str, compiler: str) -> None:
     lists = [[sample(5, 3), sample(7)] for _ in "pg"]
-    lists.append([torch.rand(5, 3), torch.rand(7), torch.rand(5, 3), torch.rand(7)])
+    lists.append([torch.rand(size, device=DEVICE) for size in ((5, 3), (7,), (5, 3), (7,))])
     own = copy.deepcopy(lists)
-    lr = torch.tensor(0.1)
+    lr = torch.tensor(0.1, device=DEVICE)
     wanted = optimizer_step(backend, *lists, lr)
     torch.testing.assert_close(compiled(optimizer_step, compiler)(backend, *own, lr), wanted)
     torch.testing.assert_close(own, lists)
@@ -166,7 +166,7 @@ def dropped(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compare_masks_with_eager(compiler: str) -> None:
-    x, fn = torch.ones(64, requires_grad=True), compiled(dropped, compiler)
+    x, fn = torch.ones(64, device=DEVICE, requires_grad=True), compiled(dropped, compiler)
     torch.manual_seed(11)
     wanted = [dropped(x) for _ in range(3)]
     torch.manual_seed(11)
@@ -255,7 +255,7 @@ def test_changing_shapes(backend: str) -> None:
 
     fn, weight = torch.compile(block, fullgraph=True, backend=counter), sample(11, 16)
     for batch, length in [(2, 5), (3, 9), (5, 31)]:
-        x, targets = sample(batch, length, 16).requires_grad_(), torch.randint(11, (batch * length,))
+        x, targets = sample(batch, length, 16).requires_grad_(), torch.randint(11, (batch * length,), device=DEVICE)
         got, wanted = fn(x, weight, targets), block(x, weight, targets)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         pair = [torch.autograd.grad(loss, x)[0] for loss in (got, wanted)]
@@ -267,7 +267,7 @@ def test_changing_shapes(backend: str) -> None:
 def test_changing_shapes_draw_the_masks_of_eager(backend: str) -> None:
     fn = compiled(lambda x: ops.dropout(x, 0.5, backend=backend))
     for length in (5, 13, 64):
-        x = torch.ones(3, length)
+        x = torch.ones(3, length, device=DEVICE)
         torch.manual_seed(length)
         wanted = ops.dropout(x, 0.5, backend=backend)
         torch.manual_seed(length)
@@ -278,9 +278,9 @@ def compare_gpt_with_eager(compiler: str, backend: str, n_layer: int, attention:
     config = GPTConfig(
         block_size=16, vocab_size=17, n_layer=n_layer, n_head=2, n_embd=16, dropout=0.2, attention=attention
     )
-    model = GPT(config)
+    model = GPT(config).to(DEVICE)
     twin = copy.deepcopy(model)
-    tokens = torch.randint(17, (2, 17))
+    tokens = torch.randint(17, (2, 17), device=DEVICE)
     results = []
     for gpt, run in ((model, model), (twin, compiled(twin, compiler))):
         torch.manual_seed(23)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from error_rule import BACKENDS, check, check_reference, sample
+from error_rule import BACKENDS, DEVICE, check, check_reference, sample
 from torch import Tensor
 
 from fastgpt import ops
@@ -74,17 +74,17 @@ def test_rows_that_see_no_column_are_zero_with_zero_gradients(backend: str, dtyp
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_inputs_do_not_overflow(backend: str) -> None:
-    y = ops.softmax(torch.tensor([[3e38, 3e38, -3e38], [-1e30, -1e30, -1e30]]), backend=backend)
-    torch.testing.assert_close(y, torch.tensor([[0.5, 0.5, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
+    y = ops.softmax(torch.tensor([[3e38, 3e38, -3e38], [-1e30, -1e30, -1e30]], device=DEVICE), backend=backend)
+    torch.testing.assert_close(y.cpu(), torch.tensor([[0.5, 0.5, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_minus_infinity_is_a_probability_of_zero(backend: str) -> None:
-    x = torch.tensor([[0.0, -torch.inf, 0.0]], requires_grad=True)
+    x = torch.tensor([[0.0, -torch.inf, 0.0]], device=DEVICE, requires_grad=True)
     y = ops.softmax(x, backend=backend)
-    y.backward(torch.tensor([[1.0, 2.0, 3.0]]))
+    y.backward(torch.tensor([[1.0, 2.0, 3.0]], device=DEVICE))
     assert y.tolist() == [[0.5, 0.0, 0.5]]
-    torch.testing.assert_close(x.grad, torch.tensor([[-0.5, 0.0, 0.5]]))
+    torch.testing.assert_close(x.grad.cpu(), torch.tensor([[-0.5, 0.0, 0.5]]))
 
 
 @pytest.mark.parametrize(("shape", "is_causal"), [((1,), False), ((3, 65), False), ((2, 9, 9), True), ((7, 3), True)])
@@ -95,5 +95,5 @@ def test_reference_is_pytorch_in_float64(shape: tuple[int, ...], is_causal: bool
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_scale_does_not_overflow_half_precision(backend: str) -> None:
-    x = torch.tensor([[60000.0, 50000.0, 1.0]], dtype=torch.float16)
+    x = torch.tensor([[60000.0, 50000.0, 1.0]], dtype=torch.float16, device=DEVICE)
     assert ops.softmax(x, scale=4.0, backend=backend).tolist() == [[1.0, 0.0, 0.0]]
