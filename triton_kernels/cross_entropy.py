@@ -221,7 +221,8 @@ def loss_and_gradient(
     targets = targets.contiguous()
     itemsize = logits.element_size()
     width = next_power_of_2(V) if V <= LONGEST_TILE else "long"
-    blocks = blocks_for("cross_entropy_fwd", logits, f"V={width} {itemsize} bytes", _row_default(V, itemsize))
+    fixed = ("BLOCK_N",) if V <= LONGEST_TILE else ()
+    blocks = blocks_for("cross_entropy_fwd", logits, f"V={width} {itemsize} bytes", _row_default(V, itemsize), fixed)
     kernel = _cross_entropy_fwd_long_kernel if "HELD" in blocks else _cross_entropy_fwd_kernel
     stride_dm = 0 if dlogits is None else dlogits.stride(0)
     kernel[(cdiv(M, blocks.get("BLOCK_M", 1)),)](
