@@ -21,6 +21,8 @@ class AdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in ``ops.adamw_``; ``lr`` is a float, changed through ``param_groups``, or a
             tensor as there, which a captured CUDA graph reads anew at each replay.
         backend: of ``ops.adamw_``; None asks ``fastgpt.dispatch`` at each step.
+
+    A group counts its steps once for all its parameters, also for one whose first gradient comes later.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class AdamW(torch.optim.Optimizer):
             if not params:
                 continue
             if "step" not in group:
-                group["step"] = torch.zeros((), device=params[0].device)
+                group["step"] = torch.zeros((), dtype=torch.float32, device=params[0].device)
             group["step"] += 1
             lr = group["lr"]
             states = [self.state[p] for p in params]
@@ -68,6 +70,18 @@ class AdamW(torch.optim.Optimizer):
                 backend=self.backend,
             )
         return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's, but the means stay fp32 beside parameters of half precision, and steps move with them."""
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, own, strict=True):
+            for name, mean in state_dict["state"].get(index, {}).items():
+                self.state[p][name] = mean.to(p.device, torch.float32, copy=True)
+        for group in self.param_groups:
+            if "step" in group:
+                group["step"] = group["step"].to(group["params"][0].device)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:

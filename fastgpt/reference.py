@@ -210,6 +210,7 @@ def adamw_(
     weight_decay: float,
 ) -> None:
     beta1, beta2 = betas
+    step, lr = step.reshape(()), lr.reshape(())
     correction1, correction2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
     kept = 1 - lr.double() * weight_decay
     for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):

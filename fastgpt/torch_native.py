@@ -190,7 +190,7 @@ class _BlockedLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dx, dweight, count = ctx.saved_tensors
-        factor = grads[0] / count
+        factor = torch.where(count == 0, 0.0, grads[0] / count)  # as PyTorch: no target, no gradient
         # In fp32: a GPU would round the factor to the dtype of dx first.
         return (dx.float() * factor).to(dx.dtype), (dweight * factor).to(ctx.weight_dtype), None, None
 

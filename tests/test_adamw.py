@@ -11,6 +11,7 @@ from error_rule import BACKENDS, DEVICE, check_in_place, sample
 from torch import Tensor
 
 from fastgpt import dispatch, ops
+from fastgpt.optim import AdamW
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -206,3 +207,19 @@ def test_reference_is_pytorch_in_float64_at_any_step(step: int) -> None:
     torch.testing.assert_close(exp_avg, optimizer.state[own]["exp_avg"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(exp_avg_sq, optimizer.state[own]["exp_avg_sq"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(param, own, rtol=1e-12, atol=1e-12)
+
+
+def test_the_optimizers_means_stay_fp32_when_a_state_is_loaded() -> None:
+    """PyTorch's own load_state_dict casts a state to its parameter's dtype."""
+    param = torch.nn.Parameter(sample(9, dtype=BF16))
+    param.grad = sample(9, dtype=BF16)
+    optimizer = AdamW([param], lr=0.1)
+    optimizer.step()
+    other = AdamW([torch.nn.Parameter(param.detach().clone())], lr=0.1)
+    other.load_state_dict(optimizer.state_dict())
+    mine, theirs = (next(iter(o.state.values())) for o in (other, optimizer))
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert mine[name].dtype == F32
+        assert torch.equal(mine[name], theirs[name])
+        assert mine[name].data_ptr() != theirs[name].data_ptr()
+    assert other.param_groups[0]["step"].item() == 1

@@ -212,6 +212,12 @@ def test_reads_strided_inputs(backend: str, dropout_p: float, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_reads_strided_seqlens(backend: str) -> None:
+    for lengths in (seqlens(3, 8, 7, 1).view(2, 2)[:, 0], seqlens(5).expand(2)):
+        check(ops.attention, backend, peer, heads(2, 2, 9, 9, 16), seqlens_k=lengths)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_large_scores_do_not_overflow(backend: str) -> None:
     q = torch.full((1, 1, 4, 16), 200.0, device=DEVICE)
     y = ops.attention(q, q, sample(1, 1, 4, 16), scale=10.0, is_causal=False, backend=backend)

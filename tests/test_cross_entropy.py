@@ -77,9 +77,12 @@ def test_the_mean_is_over_the_targets_that_count(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_target_that_counts_gives_nan(backend: str, rows: int) -> None:
-    loss = ops.cross_entropy(sample(rows, 5), torch.full((rows,), -100, device=DEVICE), backend=backend)
+    logits = sample(rows, 5).requires_grad_()
+    loss = ops.cross_entropy(logits, torch.full((rows,), -100, device=DEVICE), backend=backend)
+    loss.backward()
     assert loss.dtype == F32
     assert loss.isnan()
+    assert (logits.grad == 0).all(), "one such batch among those of a step would spoil the sum of their gradients"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

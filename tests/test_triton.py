@@ -255,6 +255,39 @@ def test_the_gradient_of_a_gradient_is_refused() -> None:
         dx.sum().backward()
 
 
+def test_a_row_of_minus_infinities_is_nan_as_in_the_reference() -> None:
+    for width in (5, 40000):
+        x = torch.full((2, width), -torch.inf, device=DEVICE)
+        x[1, -1] = 0
+        y = ops.softmax(x, backend="triton")
+        assert y[0].isnan().all()
+        assert y[1].sum() == 1
+
+
+def test_lists_of_the_same_tensors_grouped_otherwise_do_not_share_a_table() -> None:
+    a, b, c, d = (torch.full((5,), value, device=DEVICE) for value in (1.0, 2.0, 0.0, 0.0))
+    ops.clip_grad_norm_([a, b, c, d], 100.0, backend="triton")
+    one = torch.tensor(1.0, device=DEVICE)
+    options = {"lr": one / 4, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "backend": "triton"}
+    ops.adamw_([a], [b], [c], [d], one, **options)
+    torch.testing.assert_close(a, torch.full_like(a, 0.75))
+
+
+def test_changes_in_place_are_known_to_autograd() -> None:
+    x, weight = sample(3, 5).requires_grad_(), sample(5).requires_grad_()
+    means = [torch.zeros(5, device=DEVICE) for _ in range(2)]
+    y = (x * weight).square().sum()
+    one = torch.tensor(1.0, device=DEVICE)
+    options = {"lr": one, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "backend": "triton"}
+    ops.adamw_([weight], [torch.ones_like(weight)], means[:1], means[1:], one, **options)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    grad = sample(4)
+    version = grad._version
+    ops.clip_grad_norm_([grad], 0.1, backend="triton")
+    assert grad._version > version
+
+
 # Where it can run, and why not
 
 

@@ -1,7 +1,7 @@
 """Triton kernels for every op of fastgpt: one file per op, the kernels first, the functions that launch them after.
 
-Each file can be run by itself: ``python -m fastgpt.triton_kernels.softmax`` checks its kernels against the reference
-and prints what they move and compute, in Triton's interpreter where there is no GPU.
+Each op's file can be run by itself: ``python -m fastgpt.triton_kernels.softmax`` checks its kernels against the
+reference and prints what they move and compute, in Triton's interpreter where there is no GPU.
 
 ``fastgpt.triton_kernels.library`` registers the dispatcher ops ``fastgpt_triton::...``; it loads Triton, and a kernel
 file, when the first of its ops runs.

@@ -145,6 +145,7 @@ def adamw_(
         lists = [[aligned(x) for x in tensors] for tensors in given]
         _launch(lists, dtypes, step, lr, betas, eps, weight_decay)
         for at in (0, 2, 3):
+            torch.autograd.graph.increment_version(given[at])
             for x, used in zip(given[at], lists[at], strict=True):
                 if used is not x:
                     x.copy_(used)

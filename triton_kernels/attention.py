@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.triton_kernels.launch import INTERPRETER, Blocks, blocks_for, cdiv, next_power_of_2
-from fastgpt.triton_kernels.library import dense_like
+from fastgpt.triton_kernels.library import dense_like, has_rows_in_reach
 from fastgpt.triton_kernels.philox import keep_quads, threshold_argument
 
 LOG2_E = 1.4426950408889634
@@ -730,6 +730,7 @@ def _forward(
     if lse.numel() == 0:
         return lse
     q, k, v = _readable(q, k, v)
+    seqlens_k = None if seqlens_k is None else seqlens_k.contiguous()
     blocks = _blocks("attention_fwd", q, seed)
     _attention_fwd_kernel[(cdiv(Tq, blocks["BLOCK_M"]) * B * H,)](
         o,
@@ -781,6 +782,7 @@ def _backward(
     if B * H == 0:
         return
     do, q, k, v = _readable(do, q, k, v)
+    seqlens_k = None if seqlens_k is None else seqlens_k.contiguous()
     unit = _unit(dq, dk, dv, do, q, k, v, o)
     delta = torch.empty_like(lse)
     blocks = _delta_blocks(q)
@@ -810,7 +812,7 @@ def _readable(*tensors: Tensor) -> list[Tensor]:
 
     The elements of a row must lie side by side, and the rows of a tile within 2^31 elements of each other.
     """
-    return [x if x.stride(-1) == 1 and x.stride(-2) < 1 << 23 else x.contiguous() for x in tensors]
+    return [x if has_rows_in_reach(x) else x.contiguous() for x in tensors]
 
 
 def _unit(*tensors: Tensor) -> int:

@@ -80,7 +80,7 @@ def clip_grad_norm_(grads: list[Tensor], max_norm: float) -> Tensor:
         if grad.numel():
             groups.setdefault(grad.dtype, []).append(grad)
     if not groups:
-        return torch.zeros((), device=device)
+        return torch.zeros((), dtype=torch.float32, device=device)
     used = {dtype: [aligned(grad) for grad in group] for dtype, group in groups.items()}
     pieces = {dtype: cut(tuple(x.numel() for x in group), blocks["BLOCK"], device) for dtype, group in used.items()}
     tables = {dtype: addresses_of([group]) for dtype, group in used.items()}
@@ -107,6 +107,7 @@ def clip_grad_norm_(grads: list[Tensor], max_norm: float) -> Tensor:
             PARTIALS=next_power_of_2(done),
             **blocks,
         )
+    torch.autograd.graph.increment_version(grads)
     for dtype, group in groups.items():
         for grad, copy in zip(group, used[dtype], strict=True):
             if copy is not grad:

@@ -1,8 +1,8 @@
 """Mean of -log softmax(logits)[target] over the targets that count, and the gradient in the same pass.
 
 What moves: each row of logits is read once; with the gradient, as many bytes are written. What of a row does not fit
-into registers, beyond 49152 columns, is read twice, the second time out of L2. The gradient of the sum of losses is
-softmax(logits) - onehot(target), times ``grad_scale``, which folds in the mean.
+into registers, beyond 49152 columns (40960 in fp32 on sm_100), is read twice, the second time out of L2. The gradient
+of the sum of losses is softmax(logits) - onehot(target), times ``grad_scale``, which folds in the mean.
 
 Only ``linear_cross_entropy`` lets the gradient take the logits' place, in a buffer of its own that no caller ever sees.
 """
@@ -60,7 +60,6 @@ def _cross_entropy_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     inside = mask_m[:, None] & (offs_n < V)[None, :]
-    # Before the row is overwritten: the reductions below keep every store behind this load.
     target, counted, picked = _targets_and_logits(targets_ptr, logits_ptr, stride_lm, offs_m, M, V, ignore_index)
     x = tl.load(logits_ptr + offs_m[:, None] * stride_lm + offs_n[None, :], mask=inside, other=float("-inf"))
     x = x.to(tl.float32)
@@ -75,9 +74,10 @@ def _cross_entropy_fwd_kernel(
     tl.store(stats_ptr + offs_m, m, mask=mask_m)
     tl.store(stats_ptr + M + offs_m, log_total, mask=mask_m)
     if dlogits_ptr is not None:
+        tl.debug_barrier()  # no thread writes where another has still to read the target's logit
         scale = tl.where(counted, 1.0, 0.0)
         if grad_scale_ptr is not None:
-            scale *= tl.load(grad_scale_ptr)
+            scale = tl.where(counted, tl.load(grad_scale_ptr), 0.0)  # infinite where nothing counts
         hit = offs_n[None, :] == target[:, None]
         dx = (e * (1.0 / total)[:, None] - tl.where(hit, 1.0, 0.0)) * scale[:, None]
         dx_ptrs = dlogits_ptr + offs_m[:, None] * stride_dm + offs_n[None, :]
@@ -141,9 +141,11 @@ def _cross_entropy_fwd_long_kernel(
     tl.store(stats_ptr + M + row, log_total)
     if dlogits_ptr is not None:
         hit = tl.sum(target, axis=0)
-        scale = tl.sum(tl.where(counted, 1.0, 0.0), axis=0)
+        scale = tl.where(counted, 1.0, 0.0)
         if grad_scale_ptr is not None:
-            scale *= tl.load(grad_scale_ptr)
+            scale = tl.where(counted, tl.load(grad_scale_ptr), 0.0)  # infinite where nothing counts
+        scale = tl.sum(scale, axis=0)
+        tl.debug_barrier()  # no thread writes where another has still to read the target's logit
         inverse = 1.0 / total
         held_factor = tl.exp(held_shift - shift) * inverse
         dlogits_row = dlogits_ptr + row * stride_dm

@@ -109,17 +109,26 @@ def op(name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def has_rows_in_reach(x: Tensor) -> bool:
+    """Whether a row's elements lie side by side, and the rows of a tile within 2^31 elements of each other."""
+    return x.stride(-1) == 1 and x.stride(-2) < 1 << 23
+
+
 def dense_like(x: Tensor) -> Tensor:
-    """A fresh tensor in ``x``'s memory order, but with the elements of its last dimension side by side."""
+    """A fresh tensor in ``x``'s memory order, where that has its rows in reach."""
     y = torch.empty_like(x)
-    return y if y.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y if has_rows_in_reach(y) else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
+# These keep tables on the device from call to call, which a pool of captured graphs might take back.
+_UNSAFE_IN_POOLS = ("adamw_", "clip_grad_norm_")
+
+
 def _register(name: str, file: str, schema: str) -> None:
-    _library.define(name + schema)
+    _library.define(name + schema, tags=[torch.Tag.cudagraph_unsafe] if name in _UNSAFE_IN_POOLS else [])
 
     @functools.cache
     def function() -> Callable[..., Any]:

@@ -33,7 +33,7 @@ def linear_cross_entropy_fwd(
     inverse_count = 1.0 / (targets != ignore_index).sum(dtype=torch.float32)
     dx = torch.empty(x.shape if with_gradient else (0, x.shape[1]), dtype=x.dtype, device=x.device)
     dweight = torch.zeros(weight.shape if with_gradient else (0, x.shape[1]), dtype=torch.float32, device=weight.device)
-    total = torch.zeros((), device=x.device)
+    total = torch.zeros((), dtype=torch.float32, device=x.device)
     # In sixteens: where targets lie in memory then makes all chunks alike, and the loss's kernel compiles once.
     rows = max(16, LOGITS_AT_ONCE // V // 16 * 16)
     for start in range(0, M, rows):

@@ -62,11 +62,14 @@ def _softmax_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     x_row = x_ptr + offs_m[:, None] * stride_xm
     x = _load_visible(x_row, offs_m, offs_n, M, N, Tq, scale, float("-inf"), IS_CAUSAL)
-    # A row that sees nothing has no maximum (-inf - -inf is NaN) and no sum (0 / 0): it gives 0.
+    # A row that sees nothing has no maximum (-inf - -inf is NaN) and no sum: it gives 0. One that is all -inf gives
+    # NaN.
     m = tl.max(x, axis=1)
     e = tl.exp(x - tl.where(m == float("-inf"), 0.0, m)[:, None])
     total = tl.sum(e, axis=1)
-    y = e * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    if IS_CAUSAL:
+        total = tl.where(total == 0.0, 1.0, total)
+    y = e * (1.0 / total)[:, None]
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=_inside(offs_m, offs_n, M, N))
 
@@ -97,7 +100,9 @@ def _softmax_fwd_long_kernel(
         total = total * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
         m = m_new
     shift = tl.where(m == float("-inf"), 0.0, m)
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    if IS_CAUSAL:
+        total = tl.where(total == 0.0, 1.0, total)
+    inverse = 1.0 / total
     for start in tl.range(0, N, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         x = _load_visible(x_row, offs_m, offs_n, M, N, Tq, scale, float("-inf"), IS_CAUSAL)

@@ -10,6 +10,7 @@ and only when they have changed.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def pointer_at(addresses_ptr, tensor, DTYPE: tl.constexpr):
 def cut(sizes: tuple[int, ...], block: int, device: torch.device) -> Cut:
     """Cut tensors of ``sizes`` elements into pieces of at most ``block``; copied to the device once for each list."""
     counts = [cdiv(size, block) for size in sizes]
-    first_blocks = [sum(counts[:i]) for i in range(len(counts))]
+    first_blocks = [0, *itertools.accumulate(counts[:-1])]
     which = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
     return Cut(
         sum(counts),
@@ -78,6 +79,7 @@ def addresses_of(lists: Sequence[Sequence[Tensor]]) -> Tensor:
     on_gpu = device.type == "cuda"
     key = (
         device,
+        len(lists),
         torch.cuda.current_stream(device).cuda_stream if on_gpu else None,
         *(x.data_ptr() for tensors in lists for x in tensors),
     )

@@ -64,5 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inverse_count, dx, dweight = ctx.saved_tensors
-        factor = grads[0] * inverse_count  # multiplied in fp32: a GPU would round it to the dtype of dx first
+        # Where no target counts, 1 / count is infinite, the loss NaN and every gradient 0. Multiplied in fp32: a GPU
+        # would round the factor to the dtype of dx first.
+        factor = torch.where(inverse_count.isinf(), 0.0, grads[0] * inverse_count)
         return None, (dx.float() * factor).to(ctx.dtype), (dweight * factor).to(ctx.dtype), None, None, None

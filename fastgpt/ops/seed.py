@@ -25,7 +25,9 @@ def _(empty: Tensor) -> Tensor:
 
 
 def seed_for(p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """``seed`` if it was given, None where nothing is dropped, and else one from the device's default generator."""
-    if p == 0 or seed is not None:
+    """None where nothing is dropped, ``seed`` if it was given, and else one from the device's default generator."""
+    if p == 0:
+        return None
+    if seed is not None:
         return seed
     return torch.ops.fastgpt.draw_seed(torch.empty(1, dtype=torch.int64, device=device))
