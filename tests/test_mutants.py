@@ -140,8 +140,8 @@ MUTANTS = [
     Mutant(
         "ignored targets have a gradient",
         "cross_entropy",
-        "scale = tl.where(counted, 1.0, 0.0)",
-        "scale = tl.where(counted, 1.0, 1.0)",
+        "scale = tl.where(counted, scale, 0.0)",
+        "scale = tl.where(counted, scale, scale)",
         "cross_entropy",
     ),
     Mutant(

@@ -75,9 +75,10 @@ def _cross_entropy_fwd_kernel(
     tl.store(stats_ptr + M + offs_m, log_total, mask=mask_m)
     if dlogits_ptr is not None:
         tl.debug_barrier()  # no thread writes where another has still to read the target's logit
-        scale = tl.where(counted, 1.0, 0.0)
+        scale = 1.0
         if grad_scale_ptr is not None:
-            scale = tl.where(counted, tl.load(grad_scale_ptr), 0.0)  # infinite where nothing counts
+            scale = tl.load(grad_scale_ptr)  # infinite where nothing counts
+        scale = tl.where(counted, scale, 0.0)
         hit = offs_n[None, :] == target[:, None]
         dx = (e * (1.0 / total)[:, None] - tl.where(hit, 1.0, 0.0)) * scale[:, None]
         dx_ptrs = dlogits_ptr + offs_m[:, None] * stride_dm + offs_n[None, :]
@@ -141,9 +142,10 @@ def _cross_entropy_fwd_long_kernel(
     tl.store(stats_ptr + M + row, log_total)
     if dlogits_ptr is not None:
         hit = tl.sum(target, axis=0)
-        scale = tl.where(counted, 1.0, 0.0)
+        scale = 1.0
         if grad_scale_ptr is not None:
-            scale = tl.where(counted, tl.load(grad_scale_ptr), 0.0)  # infinite where nothing counts
+            scale = tl.load(grad_scale_ptr)  # infinite where nothing counts
+        scale = tl.where(counted, scale, 0.0)
         scale = tl.sum(scale, axis=0)
         tl.debug_barrier()  # no thread writes where another has still to read the target's logit
         inverse = 1.0 / total
