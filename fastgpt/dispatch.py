@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastgpt import reference, torch_native
+from fastgpt import extension, reference, torch_native
 from fastgpt.triton_kernels import library as triton_library
 
 OPS = (
@@ -74,9 +74,7 @@ class Entry:
 
 
 _table: dict[str, dict[str, Entry]] = {op: {} for op in OPS}
-_absent: dict[str, str] = {
-    name: f"this version of fastgpt does not include the {name} backend" for name in ("cpp", "cuda")
-}
+_absent: dict[str, str] = {"cuda": "this version of fastgpt does not include the cuda backend"}
 
 
 def register(backend: str, op: str, entry: Entry) -> None:
@@ -303,6 +301,17 @@ for _op in OPS:
     register("torch", _op, Entry(getattr(torch_native, _op), **_TORCH_DETAILS.get(_op, {})))
 
 
+def _on_kernels(op: str, dispatcher_op: Callable[[str], Callable[..., Any]]) -> Callable[..., Any] | Kernels:
+    """What runs ``op`` on a kernel backend, whose dispatcher ops ``dispatcher_op`` finds by name."""
+    if op in ("adamw_", "clip_grad_norm_"):
+        return dispatcher_op(op)
+    names = {
+        "linear_cross_entropy": ("linear_cross_entropy_fwd",),
+        "cross_entropy": ("cross_entropy_fwd", "cross_entropy_bwd", "scale_gradient_"),
+    }
+    return Kernels(*(dispatcher_op(name) for name in names.get(op, (f"{op}_fwd", f"{op}_bwd"))))
+
+
 def _register_triton() -> None:
     """Triton's ops: on GPU tensors, or on CPU tensors in its interpreter."""
     missing = triton_library.missing()
@@ -312,16 +321,9 @@ def _register_triton() -> None:
     interpreting = triton_library.interpreting()
     device_types = ("cpu",) if interpreting else ("cuda",)
     hint = "" if interpreting else " (with TRITON_INTERPRET=1 its interpreter runs it on cpu tensors)"
-    names = {
-        "linear_cross_entropy": ("linear_cross_entropy_fwd",),
-        "cross_entropy": ("cross_entropy_fwd", "cross_entropy_bwd", "scale_gradient_"),
-    }
     limits = {"attention": _head_size_limit, "attention_qkvpacked": _head_size_limit}
     for op in OPS:
-        if op in ("adamw_", "clip_grad_norm_"):
-            fn: Any = triton_library.op(op)
-        else:
-            fn = Kernels(*(triton_library.op(name) for name in names.get(op, (f"{op}_fwd", f"{op}_bwd"))))
+        fn = _on_kernels(op, triton_library.op)
         register("triton", op, Entry(fn, device_types, limit=limits.get(op), hint=hint))
 
 
@@ -329,4 +331,15 @@ def _head_size_limit(x: torch.Tensor, *_: Any) -> str | None:
     return f"it takes head sizes up to 256, not {x.shape[-1]}" if x.shape[-1] > 256 else None
 
 
+def _register_cpp() -> None:
+    """The extension's kernels for CPU tensors."""
+    missing = extension.missing()
+    if missing is not None:
+        mark_absent("cpp", missing)
+        return
+    for op in OPS:
+        register("cpp", op, Entry(_on_kernels(op, extension.op), ("cpu",), note=f"{extension.isa()} kernels"))
+
+
 _register_triton()
+_register_cpp()

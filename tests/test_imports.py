@@ -20,9 +20,9 @@ LAYERS = (
     ("ops",),
     ("dispatch",),
     ("reference", "torch_native"),
-    ("triton_kernels",),
+    ("triton_kernels", "extension"),
     # Below everything: they know nothing of models or ops.
-    ("config", "tokenizer", "files"),
+    ("config", "tokenizer", "files", "kernel_ops"),
 )
 FACADE = "fastgpt"  # fastgpt/__init__.py: the public names
 

@@ -25,11 +25,12 @@ from torch import Tensor
 import fastgpt.triton_kernels
 from fastgpt import GPT, GPTConfig, dispatch, ops, use_backend
 from fastgpt.optim import AdamW, gradients
+from fastgpt import kernel_ops
 from fastgpt.triton_kernels import library
 
 F32, F16 = torch.float32, torch.float16
 HERE = Path(fastgpt.triton_kernels.__file__).parent
-KERNEL_FILES = sorted({file for file, _ in library._SCHEMAS.values()} | {"column_sum"})
+KERNEL_FILES = sorted({*library._FILES.values(), "column_sum"})
 
 in_the_interpreter = pytest.mark.skipif(not INTERPRETING, reason="counts launches in Triton's interpreter")
 
@@ -86,17 +87,17 @@ def op_calls() -> dict[str, tuple[Any, ...]]:
 
 
 def test_every_op_has_its_case_here() -> None:
-    assert set(op_calls()) == set(library._SCHEMAS)
+    assert set(op_calls()) == set(kernel_ops.SCHEMAS)
 
 
-@pytest.mark.parametrize("name", library._SCHEMAS)
+@pytest.mark.parametrize("name", kernel_ops.SCHEMAS)
 def test_opcheck(name: str) -> None:
     """Schema, aliasing, fake and AOT dispatch agree with what the kernels do (their autograd is in ops/)."""
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(library.op(name), op_calls()[name], test_utils=checks)
 
 
-@pytest.mark.parametrize("name", library._SCHEMAS)
+@pytest.mark.parametrize("name", kernel_ops.SCHEMAS)
 @pytest.mark.parametrize("with_optional", [True, False])
 def test_fakes_have_the_strides_of_the_results(name: str, with_optional: bool) -> None:
     """Also where options are left out, rows are gone and inputs are strided."""

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernel_ops import dense_like, has_rows_in_reach
 from fastgpt.triton_kernels.launch import INTERPRETER, Blocks, blocks_for, cdiv, next_power_of_2
-from fastgpt.triton_kernels.library import dense_like, has_rows_in_reach
 from fastgpt.triton_kernels.philox import keep_quads, threshold_argument
 
 LOG2_E = 1.4426950408889634

@@ -1,0 +1,115 @@
+// torch tensors for the CPU kernels: checks, outputs, threads. Only the stable ABI is used, so that one build serves every
+// torch from 2.10 on.
+
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../../cpu/kernels.h"
+
+namespace fastgpt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The public ops have checked what users pass; these say which kernel was called wrongly, and keep it inside its memory.
+inline void require(bool condition, const char* op, const char* what) {
+  if (!condition) throw std::runtime_error(std::string("fastgpt_cpp::") + op + ": " + what);
+}
+
+inline Dtype dtype_of(const Tensor& x, const char* op) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::fp32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::fp16;
+    default:
+      throw std::runtime_error(std::string("fastgpt_cpp::") + op + ": tensors must be float32, bfloat16 or float16");
+  }
+}
+
+inline Tensor fresh(const int64_t* sizes, int64_t dim, ScalarType dtype) {
+  int64_t strides[16];
+  if (dim > 16) throw std::runtime_error("fastgpt_cpp: tensors must have at most 16 dimensions");
+  for (int64_t i = dim - 1, stride = 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor fresh(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return fresh(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+// A fresh tensor of x's shape, contiguous.
+inline Tensor fresh_like(const Tensor& x, ScalarType dtype) {
+  return fresh(x.sizes().data(), x.dim(), dtype);
+}
+
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// A (..., N) tensor as M rows. Where its rows do not lie evenly in memory, `kept` is a copy in which they do.
+struct Matrix {
+  Tensor kept;
+  int64_t M, N;
+  Rows rows;
+
+  explicit Matrix(const Tensor& x) : kept(x), M(1), N(x.size(x.dim() - 1)), rows{nullptr, 0} {
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
+    rows.stride = N;
+    if (!even(x, &rows.stride)) {
+      kept = dense(x);
+      rows.stride = N;
+    }
+    rows.data = kept.data_ptr();
+  }
+
+ private:
+  static bool even(const Tensor& x, int64_t* stride) {
+    const int64_t last = x.dim() - 1;
+    if (x.size(last) > 1 && x.stride(last) != 1) return false;
+    int64_t rows = 1;
+    for (int64_t i = last - 1; i >= 0; --i) {
+      if (x.size(i) == 1) continue;
+      if (rows == 1) {
+        *stride = x.stride(i);
+      } else if (x.stride(i) != *stride * rows) {
+        return false;
+      }
+      rows *= x.size(i);
+    }
+    return true;
+  }
+};
+
+inline float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+
+// torch's own threads.
+inline const Pool& pool() {
+  static const Pool threads = {[](int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+    if (torch_parallel_for(0, n, grain, body, context) != AOTI_TORCH_SUCCESS) {
+      throw std::runtime_error("fastgpt_cpp: a kernel ran out of memory");
+    }
+  }};
+  return threads;
+}
+
+}  // namespace fastgpt

@@ -1,0 +1,20 @@
+// The kernels of one instruction set, in a table. Compiled, as every kernel is, once per instruction set.
+
+#include "kernels.h"
+
+#define FASTGPT_STRING_OF(name) #name
+#define FASTGPT_STRING(name) FASTGPT_STRING_OF(name)
+
+namespace fastgpt::FASTGPT_ISA {
+
+void layer_norm_fwd(const Pool&, const LayerNormFwd&);
+void layer_norm_bwd(const Pool&, const LayerNormBwd&);
+
+extern const Kernels table;
+const Kernels table = {
+    FASTGPT_STRING(FASTGPT_ISA),
+    layer_norm_fwd,
+    layer_norm_bwd,
+};
+
+}  // namespace fastgpt::FASTGPT_ISA
