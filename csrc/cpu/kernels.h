@@ -54,6 +54,46 @@ struct LayerNormBwd {
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
+// A (batch, nheads, seqlen, headdim) tensor in any layout that keeps a head's row together.
+struct Heads {
+  void* data;
+  int64_t stride_b, stride_h, stride_t;
+};
+
+struct AttentionShape {
+  int64_t B, H, Tq, Tk, D;
+};
+
+struct AttentionFwd {
+  AttentionShape shape;
+  Heads q, k, v, o;
+  float* lse;                // (B, H, Tq); +inf for a query that sees no key
+  const int32_t* seqlens_k;  // (B,), or null
+  Drop drop;
+  float scale;
+  bool is_causal;
+  Dtype dtype;
+};
+
+struct AttentionBwd {
+  AttentionShape shape;
+  Heads dout, q, k, v, o, dq, dk, dv;
+  const float* lse;
+  const int32_t* seqlens_k;
+  Drop drop;
+  float* dq_partial;  // (B, H, attention_splits(shape), Tq, D), or null where that is 1
+  float scale;
+  bool is_causal;
+  Dtype dtype;
+};
+
+// Into how many ranges of keys the backward cuts a head, so that few heads keep many threads busy: by shape alone, so
+// that sums are the same on any number of threads.
+inline int64_t attention_splits(const AttentionShape& s) {
+  const int64_t heads = s.B * s.H, blocks = (s.Tk + 255) / 256, wanted = heads < 32 ? 32 / (heads < 1 ? 1 : heads) : 1;
+  return blocks < 1 ? 1 : blocks < wanted ? blocks : wanted;
+}
+
 // Into how many blocks a kernel cuts M rows whose shares of a sum over rows it keeps apart: by M alone, so that sums are
 // the same on any number of threads.
 inline int64_t row_blocks(int64_t M) {
@@ -63,6 +103,8 @@ inline int64_t row_blocks(int64_t M) {
 
 struct Kernels {
   const char* isa;
+  void (*attention_fwd)(const Pool&, const AttentionFwd&);
+  void (*attention_bwd)(const Pool&, const AttentionBwd&);
   void (*layer_norm_fwd)(const Pool&, const LayerNormFwd&);
   void (*layer_norm_bwd)(const Pool&, const LayerNormBwd&);
 };

@@ -7,12 +7,16 @@
 
 namespace fastgpt::FASTGPT_ISA {
 
+void attention_fwd(const Pool&, const AttentionFwd&);
+void attention_bwd(const Pool&, const AttentionBwd&);
 void layer_norm_fwd(const Pool&, const LayerNormFwd&);
 void layer_norm_bwd(const Pool&, const LayerNormBwd&);
 
 extern const Kernels table;
 const Kernels table = {
     FASTGPT_STRING(FASTGPT_ISA),
+    attention_fwd,
+    attention_bwd,
     layer_norm_fwd,
     layer_norm_bwd,
 };

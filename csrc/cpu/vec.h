@@ -60,6 +60,8 @@ inline T max(T a, T b) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 template <class To, class From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
@@ -68,23 +70,11 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline Vec splat(float x) {
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
-
-inline VecI splat(int32_t x) {
-  VecI v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
-
-inline VecU splat(uint32_t x) {
-  VecU v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
+// x in every lane. An operation between a scalar and a vector is what compilers turn into one broadcast; this one leaves
+// every x, also -0, as it is.
+inline Vec splat(float x) { return x - Vec{}; }
+inline VecI splat(int32_t x) { return x | VecI{}; }
+inline VecU splat(uint32_t x) { return x | VecU{}; }
 
 // 0, 1, 2, ...
 inline VecI lane_ids() {
@@ -197,14 +187,19 @@ inline void store(float* p, Vec v, int n) {
 }
 
 template <class T>
-inline Vec load(const T* p, int n) {
-  VecU16 bits{};
+inline VecU16 load_bits(const T* p, int n) {
 #if defined(__AVX512F__)
-  bits = bit_cast<VecU16>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
+  return bit_cast<VecU16>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 #else
+  VecU16 bits{};
   for (int i = 0; i < n; ++i) bits[i] = p[i].bits;
+  return bits;
 #endif
-  return widen(bits, T{});
+}
+
+template <class T>
+inline Vec load(const T* p, int n) {
+  return widen(load_bits(p, n), T{});
 }
 
 template <class T>
@@ -276,6 +271,18 @@ inline Vec vsqrt(Vec x) {
 #endif
 }
 
+// Lane i gets lane from[i] of a and b, b's lanes counting from kLanes on. The indices are constants once inlined.
+template <class V>
+inline V shuffle(V a, V b, VecI from) {
+#if defined(__clang__)
+  V r;
+  for (int i = 0; i < kLanes; ++i) r[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+  return r;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // x as it is rounded: no fused multiply-add takes it in. For differences of equal numbers, which must be 0.
 inline Vec rounded(Vec x) {
 #if defined(__AVX512F__)
@@ -288,16 +295,48 @@ inline Vec rounded(Vec x) {
   return x;
 }
 
-// Lane i gets lane i ^ distance.
-inline Vec exchange(Vec v, int distance) {
-#if defined(__clang__)
-  Vec r;
-  for (int i = 0; i < kLanes; ++i) r[i] = v[i ^ distance];
-  return r;
-#else
-  return __builtin_shuffle(v, lane_ids() ^ distance);
-#endif
+#if defined(__AVX512BF16__)
+// 2 * kLanes bf16 as kLanes pairs; the first n of them (0 <= n <= 2 * kLanes), the others 0.
+inline VecU load_pairs(const bf16* p, int n) {
+  return bit_cast<VecU>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p));
 }
+
+// sum + a's first * b's first + a's second * b's second, lane by lane.
+inline Vec dot_pairs(VecU a, VecU b, Vec sum) {
+  return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+}
+#endif
+
+// Lane i of a where bit `distance` of i is 0, else lane i ^ distance of b; and the other way round.
+template <class V>
+inline V merge_low(V a, V b, int distance) {
+  VecI i = lane_ids();
+  return shuffle(a, b, (i & distance) == 0 ? i : (i ^ distance) + kLanes);
+}
+
+template <class V>
+inline V merge_high(V a, V b, int distance) {
+  VecI i = lane_ids();
+  return shuffle(a, b, (i & distance) == 0 ? i ^ distance : i + kLanes);
+}
+
+// v[i][j] becomes v[j][i].
+template <class V>
+inline void transpose(V (&v)[kLanes]) {
+#pragma GCC unroll 4
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & distance) continue;
+      V low = merge_low(v[i], v[i + distance], distance), high = merge_high(v[i], v[i + distance], distance);
+      v[i] = low;
+      v[i + distance] = high;
+    }
+  }
+}
+
+// Lane i gets lane i ^ distance.
+inline Vec exchange(Vec v, int distance) { return shuffle(v, v, lane_ids() ^ distance); }
 
 // The sum and the maximum over the lanes, by halves.
 inline float sum(Vec v) {
