@@ -18,6 +18,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined register
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #ifndef FASTGPT_ISA
@@ -46,6 +48,7 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t VecU64 __attribute__((vector_size(4 * kLanes)));  // half as many lanes
 typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
 
 template <class T>
@@ -68,23 +71,10 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline Vec splat(float x) {
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
-
-inline VecI splat(int32_t x) {
-  VecI v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
-
-inline VecU splat(uint32_t x) {
-  VecU v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
+// Written so that GCC sees a broadcast: it makes one masked broadcast for each lane of a loop that sets the lanes.
+inline Vec splat(float x) { return x - Vec{}; }
+inline VecI splat(int32_t x) { return VecI{} + x; }
+inline VecU splat(uint32_t x) { return VecU{} + x; }
 
 // 0, 1, 2, ...
 inline VecI lane_ids() {
@@ -296,6 +286,41 @@ inline Vec exchange(Vec v, int distance) {
   return r;
 #else
   return __builtin_shuffle(v, lane_ids() ^ distance);
+#endif
+}
+
+// The product, all 64 bits of it, of the low half of each lane and b.
+inline VecU64 multiply_low(VecU64 a, uint32_t b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_mul_epu32(0xff, bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU64>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__)
+  return bit_cast<VecU64>(_mm_mul_epu32(bit_cast<__m128i>(a), _mm_set1_epi64x(b)));
+#else
+  return (a & 0xffffffff) * b;
+#endif
+}
+
+// a[0], b[0], a[2], b[2], ...
+inline VecU64 even_pairs(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_unpacklo_epi64(0xff, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU64>(_mm256_unpacklo_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return VecU64{a[0], b[0]};
+#endif
+}
+
+// a[1], b[1], a[3], b[3], ...
+inline VecU64 odd_pairs(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_unpackhi_epi64(0xff, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU64>(_mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return VecU64{a[1], b[1]};
 #endif
 }
 
