@@ -38,6 +38,11 @@ struct Visible {
         is_causal(causal) {}
 
   int64_t last(int64_t query) const { return is_causal ? query + offset : keys - 1; }
+  // Of kLanes queries: the others have p = 1 whatever their score, and ds = 0, of which delta's rounding would leave some.
+  VecI sees_more_than_one(int64_t query) const {
+    const int32_t first = static_cast<int32_t>(max<int64_t>(-kLanes, min<int64_t>(last(query), 1)));
+    return (is_causal ? lane_ids() : VecI{}) + first > 0;
+  }
   int64_t first_query(int64_t key) const { return is_causal ? max<int64_t>(0, key - offset) : 0; }
 };
 
@@ -254,6 +259,7 @@ inline void backward_tile(
           d = dropper->apply(d, words[r]);
         }
         ds[r] = p * (d - delta);
+        if (key + r == 0) ds[r] = visible.sees_more_than_one(i0 + i) ? ds[r] : Vec{};
         Math::store_row(buf.p + r * kPitch + i / Math::kPerUnit, dropped);
         Math::store_row(buf.ds + r * kPitch + i / Math::kPerUnit, ds[r]);
       }

@@ -18,6 +18,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined register
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #ifndef FASTGPT_ISA
@@ -46,6 +48,7 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t VecU64 __attribute__((vector_size(4 * kLanes)));  // half as many lanes
 typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
 
 template <class T>
@@ -271,18 +274,6 @@ inline Vec vsqrt(Vec x) {
 #endif
 }
 
-// Lane i gets lane from[i] of a and b, b's lanes counting from kLanes on. The indices are constants once inlined.
-template <class V>
-inline V shuffle(V a, V b, VecI from) {
-#if defined(__clang__)
-  V r;
-  for (int i = 0; i < kLanes; ++i) r[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
-  return r;
-#else
-  return __builtin_shuffle(a, b, from);
-#endif
-}
-
 // x as it is rounded: no fused multiply-add takes it in. For differences of equal numbers, which must be 0.
 inline Vec rounded(Vec x) {
 #if defined(__AVX512F__)
@@ -293,6 +284,18 @@ inline Vec rounded(Vec x) {
   asm("" : "+w"(x));
 #endif
   return x;
+}
+
+// Lane i gets lane from[i] of a and b, b's lanes counting from kLanes on. The indices are constants once inlined.
+template <class V>
+inline V shuffle(V a, V b, VecI from) {
+#if defined(__clang__)
+  V r;
+  for (int i = 0; i < kLanes; ++i) r[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+  return r;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
 }
 
 #if defined(__AVX512BF16__)
@@ -337,6 +340,47 @@ inline void transpose(V (&v)[kLanes]) {
 
 // Lane i gets lane i ^ distance.
 inline Vec exchange(Vec v, int distance) { return shuffle(v, v, lane_ids() ^ distance); }
+
+// The product, all 64 bits of it, of the low half of each lane and b.
+inline VecU64 multiply_low(VecU64 a, uint32_t b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_mul_epu32(0xff, bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU64>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__)
+  return bit_cast<VecU64>(_mm_mul_epu32(bit_cast<__m128i>(a), _mm_set1_epi64x(b)));
+#else
+  return (a & 0xffffffff) * b;
+#endif
+}
+
+// The low half of each lane of a, then of b.
+inline VecU low_halves(VecU64 a, VecU64 b) {
+  VecI i = lane_ids();
+  return shuffle(bit_cast<VecU>(a), bit_cast<VecU>(b), 2 * i);
+}
+
+// a[0], b[0], a[2], b[2], ...
+inline VecU64 even_pairs(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_unpacklo_epi64(0xff, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU64>(_mm256_unpacklo_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return VecU64{a[0], b[0]};
+#endif
+}
+
+// a[1], b[1], a[3], b[3], ...
+inline VecU64 odd_pairs(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_unpackhi_epi64(0xff, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU64>(_mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return VecU64{a[1], b[1]};
+#endif
+}
 
 // The sum and the maximum over the lanes, by halves.
 inline float sum(Vec v) {
