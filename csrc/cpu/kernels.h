@@ -54,6 +54,15 @@ struct LayerNormBwd {
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
+enum class MathFunction : int32_t { exp, log, tanh, erf };
+
+struct Math {
+  const float* x;  // (n,)
+  float* y;        // (n,)
+  int64_t n;
+  MathFunction function;
+};
+
 // Into how many blocks a kernel cuts M rows whose shares of a sum over rows it keeps apart: by M alone, so that sums are
 // the same on any number of threads.
 inline int64_t row_blocks(int64_t M) {
@@ -65,6 +74,7 @@ struct Kernels {
   const char* isa;
   void (*layer_norm_fwd)(const Pool&, const LayerNormFwd&);
   void (*layer_norm_bwd)(const Pool&, const LayerNormBwd&);
+  void (*math)(const Pool&, const Math&);
 };
 
 // The table of the best instruction set that this processor and FASTGPT_CPU_ISA allow.
