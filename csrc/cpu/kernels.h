@@ -62,6 +62,7 @@ struct LayerNormBwd {
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
+<<<<<<< HEAD
 // A (batch, nheads, seqlen, headdim) tensor in any layout that keeps a head's row together.
 struct Heads {
   void* data;
@@ -102,6 +103,17 @@ inline int64_t attention_splits(const AttentionShape& s) {
   return blocks < 1 ? 1 : blocks < wanted ? blocks : wanted;
 }
 
+=======
+enum class MathFunction : int32_t { exp, log, tanh, erf };
+
+struct Math {
+  const float* x;  // (n,)
+  float* y;        // (n,)
+  int64_t n;
+  MathFunction function;
+};
+
+>>>>>>> math
 // Into how many blocks a kernel cuts M rows whose shares of a sum over rows it keeps apart: by M alone, so that sums are
 // the same on any number of threads.
 inline int64_t row_blocks(int64_t M) {
@@ -115,6 +127,7 @@ struct Kernels {
   void (*attention_bwd)(const Pool&, const AttentionBwd&);
   void (*layer_norm_fwd)(const Pool&, const LayerNormFwd&);
   void (*layer_norm_bwd)(const Pool&, const LayerNormBwd&);
+  void (*math)(const Pool&, const Math&);
 };
 
 // The table of the best instruction set that this processor and FASTGPT_CPU_ISA allow.

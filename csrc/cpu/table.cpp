@@ -11,6 +11,7 @@ void attention_fwd(const Pool&, const AttentionFwd&);
 void attention_bwd(const Pool&, const AttentionBwd&);
 void layer_norm_fwd(const Pool&, const LayerNormFwd&);
 void layer_norm_bwd(const Pool&, const LayerNormBwd&);
+void math(const Pool&, const Math&);
 
 extern const Kernels table;
 const Kernels table = {
@@ -19,6 +20,7 @@ const Kernels table = {
     attention_bwd,
     layer_norm_fwd,
     layer_norm_bwd,
+    math,
 };
 
 }  // namespace fastgpt::FASTGPT_ISA

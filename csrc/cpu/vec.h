@@ -15,7 +15,8 @@
 
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined register
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics start from an undefined register
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #elif defined(__SSE2__)
@@ -258,9 +259,28 @@ inline Vec keep_n(Vec v, int n, float x) { return n == kLanes ? v : lane_ids() <
 // Arithmetic
 // ---------------------------------------------------------------------------------------------------------------------
 
-// NaN in either gives a NaN in none of these: x86's rule, the second operand where they do not compare.
-inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+// The second operand where they do not compare, x86's rule: NaN in b gives NaN, NaN in a does not. GCC makes a comparison
+// and a blend of the operators.
+inline Vec vmax(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline Vec vmin(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
 inline Vec vabs(Vec x) { return bit_cast<Vec>(bit_cast<VecU>(x) & 0x7fffffff); }
 
 inline Vec vsqrt(Vec x) {
