@@ -34,6 +34,14 @@ struct Drop {
   float scale;         // 1 / (1 - p)
 };
 
+struct Dropout {
+  const void* x;  // (n,), contiguous: the input, or the gradient of the output
+  void* y;        // (n,)
+  int64_t n;
+  Drop drop;
+  Dtype dtype;
+};
+
 struct LayerNormFwd {
   Rows x;              // (M, N)
   const void* weight;  // (N,)
@@ -73,6 +81,7 @@ struct Kernels {
   const char* isa;
   void (*layer_norm_fwd)(const Pool&, const LayerNormFwd&);
   void (*layer_norm_bwd)(const Pool&, const LayerNormBwd&);
+  void (*dropout)(const Pool&, const Dropout&);
 };
 
 // The table of the best instruction set that this processor and FASTGPT_CPU_ISA allow.

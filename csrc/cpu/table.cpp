@@ -9,12 +9,14 @@ namespace fastgpt::FASTGPT_ISA {
 
 void layer_norm_fwd(const Pool&, const LayerNormFwd&);
 void layer_norm_bwd(const Pool&, const LayerNormBwd&);
+void dropout(const Pool&, const Dropout&);
 
 extern const Kernels table;
 const Kernels table = {
     FASTGPT_STRING(FASTGPT_ISA),
     layer_norm_fwd,
     layer_norm_bwd,
+    dropout,
 };
 
 }  // namespace fastgpt::FASTGPT_ISA
