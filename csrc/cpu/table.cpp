@@ -10,6 +10,8 @@ namespace fastgpt::FASTGPT_ISA {
 void layer_norm_fwd(const Pool&, const LayerNormFwd&);
 void layer_norm_bwd(const Pool&, const LayerNormBwd&);
 void dropout(const Pool&, const Dropout&);
+void add_layer_norm_fwd(const Pool&, const AddLayerNormFwd&);
+void add_layer_norm_bwd(const Pool&, const AddLayerNormBwd&);
 
 extern const Kernels table;
 const Kernels table = {
@@ -17,6 +19,8 @@ const Kernels table = {
     layer_norm_fwd,
     layer_norm_bwd,
     dropout,
+    add_layer_norm_fwd,
+    add_layer_norm_bwd,
 };
 
 }  // namespace fastgpt::FASTGPT_ISA
