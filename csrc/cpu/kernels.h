@@ -34,6 +34,14 @@ struct Drop {
   float scale;         // 1 / (1 - p)
 };
 
+struct Dropout {
+  const void* x;  // (n,), contiguous: the input, or the gradient of the output
+  void* y;        // (n,)
+  int64_t n;
+  Drop drop;
+  Dtype dtype;
+};
+
 struct LayerNormFwd {
   Rows x;              // (M, N)
   const void* weight;  // (N,)
@@ -62,7 +70,6 @@ struct LayerNormBwd {
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
-<<<<<<< HEAD
 // A (batch, nheads, seqlen, headdim) tensor in any layout that keeps a head's row together.
 struct Heads {
   void* data;
@@ -103,7 +110,6 @@ inline int64_t attention_splits(const AttentionShape& s) {
   return blocks < 1 ? 1 : blocks < wanted ? blocks : wanted;
 }
 
-=======
 enum class MathFunction : int32_t { exp, log, tanh, erf };
 
 struct Math {
@@ -113,7 +119,46 @@ struct Math {
   MathFunction function;
 };
 
->>>>>>> math
+// dropout(x) + residual, and its layer norm. The stream is what residual and residual_out are kept in: x's dtype, or
+// fp32. `scratch` is fp32: N elements for weight, N for bias, and N for each of row_blocks(M).
+struct AddLayerNormFwd {
+  Rows x;             // (M, N)
+  Rows residual;      // (M, N)
+  const void* weight;
+  const void* bias;
+  void* y;             // (M, N), contiguous
+  void* residual_out;  // (M, N), contiguous
+  float* mean;
+  float* rstd;
+  float* scratch;
+  int64_t M, N;
+  float eps;
+  Drop drop;
+  Dtype dtype;         // of x and y
+  Dtype stream_dtype;  // of residual and residual_out
+  Dtype weight_dtype;  // of weight and bias
+};
+
+struct AddLayerNormBwd {
+  Rows dy;             // (M, N)
+  Rows dresidual_out;  // (M, N), or null where the stream ends
+  Rows residual_out;   // (M, N)
+  const void* weight;
+  const float* mean;
+  const float* rstd;
+  void* dx;         // (M, N), contiguous; null where it would be dresidual
+  void* dresidual;  // (M, N), contiguous
+  void* dweight;
+  void* dbias;
+  float* partial;  // (row_blocks(M), 2, N)
+  float* scratch;  // (N,): weight in fp32
+  int64_t M, N;
+  Drop drop;
+  Dtype dtype;         // of dy and dx
+  Dtype stream_dtype;  // of residual_out and both gradients of the stream
+  Dtype weight_dtype;  // of weight, dweight and dbias
+};
+
 // Into how many blocks a kernel cuts M rows whose shares of a sum over rows it keeps apart: by M alone, so that sums are
 // the same on any number of threads.
 inline int64_t row_blocks(int64_t M) {
@@ -128,6 +173,9 @@ struct Kernels {
   void (*layer_norm_fwd)(const Pool&, const LayerNormFwd&);
   void (*layer_norm_bwd)(const Pool&, const LayerNormBwd&);
   void (*math)(const Pool&, const Math&);
+  void (*dropout)(const Pool&, const Dropout&);
+  void (*add_layer_norm_fwd)(const Pool&, const AddLayerNormFwd&);
+  void (*add_layer_norm_bwd)(const Pool&, const AddLayerNormBwd&);
 };
 
 // The table of the best instruction set that this processor and FASTGPT_CPU_ISA allow.

@@ -6,8 +6,7 @@
 
 #pragma once
 
-#include "kernels.h"
-#include "vec.h"
+#include "parallel.h"
 
 namespace fastgpt::FASTGPT_ISA {
 namespace {
@@ -101,6 +100,35 @@ inline void key_words(const Dropper& dropper, uint64_t row, uint64_t quad, VecU 
   }
   philox_rounds(dropper, c);
   for (int j = 0; j < 4; ++j) words[j] = low_halves(c[j][0], c[j][1]);
+}
+
+// body(i, n, words) for each vector of N elements, as for_each_vec does, with their random words; the first of them is
+// element `first` of an elementwise dropout. Words come in groups of whole counters, in which `first` may lie anywhere:
+// where it does not start one, two groups stand side by side in a buffer.
+template <class F>
+inline void for_each_word_vec(const Dropper& dropper, uint64_t first, int64_t N, const F& body) {
+  constexpr int kGroup = 4 * kLanes;
+  const int skip = first % 4;
+  uint64_t quad = first / 4;
+  uint32_t buffer[2 * kGroup];
+  for (int64_t i = skip == 0 ? 0 : -kGroup; i < N; i += kGroup, quad += kLanes) {
+    VecU words[4];
+    element_words(dropper, quad, words);
+    if (skip != 0) {
+      __builtin_memcpy(buffer, buffer + kGroup, sizeof(words));
+      __builtin_memcpy(buffer + kGroup, words, sizeof(words));
+      if (i < 0) continue;
+      __builtin_memcpy(words, buffer + skip, sizeof(words));
+    }
+    if (i + kGroup <= N) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) body(i + j * kLanes, kLanes, words[j]);
+    } else {
+      for (int j = 0; i + j * kLanes < N; ++j) {
+        body(i + j * kLanes, static_cast<int>(min<int64_t>(kLanes, N - i - j * kLanes)), words[j]);
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -29,11 +29,9 @@ struct Moments {
   float mean, variance;
 };
 
-// Mean and variance of N elements, given by `at(i, n)`: n elements from i on, 0 in the lanes beyond.
+// Mean and variance of N elements with the sum `total`, given by `at(i, n)`: n elements from i on.
 template <class F>
-inline Moments row_moments(int64_t N, const F& at) {
-  Sum total;
-  for_each_vec(N, [&](int64_t i, int n) { total.add(at(i, n)); });
+inline Moments row_moments(int64_t N, const Sum& total, const F& at) {
   float mean = total.value() / N;
   Sum squares, rest;
   for_each_vec(N, [&](int64_t i, int n) {
@@ -44,6 +42,14 @@ inline Moments row_moments(int64_t N, const F& at) {
   // What the first sum lost to rounding. It changes the variance by its square, which is nothing.
   mean += rest.value() / N;
   return {mean, squares.value() / N};
+}
+
+// The same where nobody has summed them; `at` gives 0 in the lanes beyond n.
+template <class F>
+inline Moments row_moments(int64_t N, const F& at) {
+  Sum total;
+  for_each_vec(N, [&](int64_t i, int n) { total.add(at(i, n)); });
+  return row_moments(N, total, at);
 }
 
 // Second stage of a sum over rows: out[j] = the sum of partial[block * stride + j] over the blocks, in their order.

@@ -12,6 +12,9 @@ void attention_bwd(const Pool&, const AttentionBwd&);
 void layer_norm_fwd(const Pool&, const LayerNormFwd&);
 void layer_norm_bwd(const Pool&, const LayerNormBwd&);
 void math(const Pool&, const Math&);
+void dropout(const Pool&, const Dropout&);
+void add_layer_norm_fwd(const Pool&, const AddLayerNormFwd&);
+void add_layer_norm_bwd(const Pool&, const AddLayerNormBwd&);
 
 extern const Kernels table;
 const Kernels table = {
@@ -21,6 +24,9 @@ const Kernels table = {
     layer_norm_fwd,
     layer_norm_bwd,
     math,
+    dropout,
+    add_layer_norm_fwd,
+    add_layer_norm_bwd,
 };
 
 }  // namespace fastgpt::FASTGPT_ISA

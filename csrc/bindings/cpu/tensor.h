@@ -102,12 +102,13 @@ struct Matrix {
 
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
-// The seed is read here, on the CPU where it lies; without one nothing is dropped.
+// What `p` and `seed` mean; without a seed nothing is dropped.
 inline Drop drop_of(double p, const std::optional<Tensor>& seed, const char* op) {
-  if (!seed) return {};
-  require(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed must be one int64");
+  if (!seed) return {0, 0, 1.0f};
+  require(p >= 0 && p < 1, op, "the dropout probability must be in [0, 1)");
+  require(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, op, "seed must be one int64");
   return {*static_cast<const uint64_t*>(seed->data_ptr()), static_cast<uint32_t>(p * 4294967296.0),
-          static_cast<float>(1.0 / (1.0 - p))};
+          static_cast<float>(1 / (1 - p))};
 }
 
 // torch's own threads.
