@@ -72,7 +72,9 @@ def test_special_values(name: str) -> None:
     got = extension.op("math")(x, name)
     torch.testing.assert_close(got, wanted, rtol=3e-7, atol=0, equal_nan=True)
     exact = [0, 1, 3, 4, 7, 8] if name != "log" else [0, 1, 2, 3]
-    assert [repr(v) for v in got[exact].tolist()] == [repr(v) for v in wanted[exact].tolist()], "signs of zeros count too"
+    assert [repr(v) for v in got[exact].tolist()] == [repr(v) for v in wanted[exact].tolist()], (
+        "signs of zeros count too"
+    )
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -99,6 +99,7 @@ inline void forward_tile(
   float correction[kRows];
   for (int64_t r = 0; r < kRows; ++r) {
     float* scores = buf.scores + r * kKeyBlock;
+    typename Math::Unit* probs = buf.probs + r * kKeyBlock / Math::kPerUnit;
     const int64_t last = visible.last(i0 + min(r0 + r, rows - 1)) - k0;  // in this block
     Vec largest = splat(-kInfinity);
     for (int64_t v = 0; v < vecs; ++v) {
@@ -118,7 +119,11 @@ inline void forward_tile(
     for (int64_t v = 0; v < vecs; ++v) {
       Vec p = vexp(load(scores + v * kLanes) - shift);
       sum += p;
-      store(scores + v * kLanes, p);
+      if (dropper == nullptr) {
+        Math::store_row(probs + v * kUnitsPerVec, p);
+      } else {
+        store(scores + v * kLanes, p);
+      }
     }
     store(buf.sum + (r0 + r) * kLanes, sum);
     if (dropper != nullptr) {
@@ -127,13 +132,10 @@ inline void forward_tile(
         VecU words[4];
         attention_words(*dropper, row, (k0 + v * kLanes) / 4, words);
         for (int64_t w = 0; w < min<int64_t>(4, vecs - v); ++w) {
-          float* p = scores + (v + w) * kLanes;
-          store(p, dropper->apply(load(p), words[w]));
+          const Vec p = load(scores + (v + w) * kLanes);
+          Math::store_row(probs + (v + w) * kUnitsPerVec, dropper->apply(p, words[w]));
         }
       }
-    }
-    for (int64_t v = 0; v < vecs; ++v) {
-      Math::store_row(buf.probs + (r * kKeyBlock + v * kLanes) / Math::kPerUnit, load(scores + v * kLanes));
     }
   }
 

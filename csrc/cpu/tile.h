@@ -108,19 +108,17 @@ struct Int {
 
 template <class F>
 inline void for_each_group(int64_t begin, int64_t end, const F& f) {
-  for (; begin + kTileVecs <= end; begin += kTileVecs) f(begin, Int<kTileVecs>{});
-  switch (end - begin) {
-    case 1:
-      return f(begin, Int<1>{});
-    case 2:
-      if constexpr (kTileVecs > 2) return f(begin, Int<2>{});
-      return;
-    case 3:
-      if constexpr (kTileVecs > 3) return f(begin, Int<3>{});
-      return;
-    default:
-      return;
+  // A tile of one vector waits for its own sums, so one vector more than a group is cut in two.
+  constexpr int kUneven = kTileVecs > 2 ? kTileVecs + 1 : 0;
+  for (; end - begin >= kTileVecs && end - begin != kUneven; begin += kTileVecs) f(begin, Int<kTileVecs>{});
+  if constexpr (kUneven != 0) {
+    if (end - begin == kUneven || end - begin == kTileVecs - 1) {
+      f(begin, Int<kTileVecs - 1>{});
+      begin += kTileVecs - 1;
+    }
+    if (end - begin == 2) return f(begin, Int<2>{});
   }
+  if (end - begin == 1) f(begin, Int<1>{});
 }
 
 // A tile of fp32 in memory, its rows `pitch` apart.
