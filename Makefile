@@ -5,7 +5,7 @@ STAGE ?= test
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-full kernel-table lint format gpu-check clean
+.PHONY: train test test-full kernel-table bench-cpu lint format gpu-check clean
 
 train: $(VENV)/installed
 	$(BIN)/fastgpt train $(ARGS)
@@ -19,6 +19,10 @@ test-full: $(VENV)/installed
 # What the Triton kernels compile to, into docs/kernels.md: three chips, no GPU, a few minutes.
 kernel-table: $(VENV)/installed
 	$(BIN)/python tests/triton_matrix.py --doc docs/kernels.md
+
+# Every mark of the CPU kernels, in some minutes on an idle machine: `make bench-cpu ARGS='--only attention --json'`.
+bench-cpu: $(VENV)/installed
+	$(BIN)/python -m fastgpt.benchmarks.cpu $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
