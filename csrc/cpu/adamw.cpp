@@ -9,9 +9,11 @@
 namespace fastgpt::FASTGPT_ISA {
 
 void adamw(const Pool& pool, const Adamw& a) {
-  constexpr int64_t kBuffer = 1024;
+  // Small, and not a power of two apart: tensors of one size often lie at the same place in their pages, and pieces of
+  // all of them beside their buffers would fall into the same few sets of the cache.
+  constexpr int64_t kBuffer = 256;
   for_each_block(pool, a.items, a.count, a.blocks, [&](const AdamwItem& item, int64_t start, int64_t size, int64_t) {
-    float buffers[4][kBuffer];
+    float buffers[4][kBuffer + 16];
     for (int64_t end = start + size; start < end; start += kBuffer) {
       const int64_t n = min(kBuffer, end - start);
       float* param = opened(item.param, start, n, buffers[0]);
