@@ -159,6 +159,51 @@ struct AddLayerNormBwd {
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
+// A contiguous tensor of a list.
+struct ListedTensor {
+  void* data;
+  Dtype dtype;
+};
+
+// Tensors are cut into blocks of this many elements, so that a list is one range of work, cut by sizes alone.
+constexpr int64_t kListBlock = 8192;
+
+inline int64_t list_blocks(int64_t numel) { return (numel + kListBlock - 1) / kListBlock; }
+
+// One parameter and what belongs to it.
+struct AdamwItem {
+  ListedTensor param, grad, exp_avg, exp_avg_sq;
+  int64_t numel;
+  int64_t first_block;  // how many blocks the items before this one have
+};
+
+struct Adamw {
+  const AdamwItem* items;
+  int64_t count;
+  int64_t blocks;     // of all items
+  float kept;         // 1 - lr * weight_decay
+  float step_size;    // lr / (1 - beta1^step)
+  float root_factor;  // 1 / sqrt(1 - beta2^step)
+  float beta1, beta2;
+  float rest1, rest2;  // 1 - beta
+  float eps;
+};
+
+struct ClipItem {
+  ListedTensor grad;
+  int64_t numel;
+  int64_t first_block;
+};
+
+struct ClipGradNorm {
+  const ClipItem* items;
+  int64_t count;
+  int64_t blocks;
+  float* partial;  // (blocks,): each block's sum of squares
+  float* norm;     // ()
+  float max_norm;
+};
+
 // Into how many blocks a kernel cuts M rows whose shares of a sum over rows it keeps apart: by M alone, so that sums are
 // the same on any number of threads.
 inline int64_t row_blocks(int64_t M) {
@@ -176,6 +221,8 @@ struct Kernels {
   void (*dropout)(const Pool&, const Dropout&);
   void (*add_layer_norm_fwd)(const Pool&, const AddLayerNormFwd&);
   void (*add_layer_norm_bwd)(const Pool&, const AddLayerNormBwd&);
+  void (*adamw)(const Pool&, const Adamw&);
+  void (*clip_grad_norm)(const Pool&, const ClipGradNorm&);
 };
 
 // The table of the best instruction set that this processor and FASTGPT_CPU_ISA allow.

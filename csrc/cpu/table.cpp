@@ -15,6 +15,8 @@ void math(const Pool&, const Math&);
 void dropout(const Pool&, const Dropout&);
 void add_layer_norm_fwd(const Pool&, const AddLayerNormFwd&);
 void add_layer_norm_bwd(const Pool&, const AddLayerNormBwd&);
+void adamw(const Pool&, const Adamw&);
+void clip_grad_norm(const Pool&, const ClipGradNorm&);
 
 extern const Kernels table;
 const Kernels table = {
@@ -27,6 +29,8 @@ const Kernels table = {
     dropout,
     add_layer_norm_fwd,
     add_layer_norm_bwd,
+    adamw,
+    clip_grad_norm,
 };
 
 }  // namespace fastgpt::FASTGPT_ISA
