@@ -54,6 +54,29 @@ struct LayerNormBwd {
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
+struct GeluFwd {
+  Rows x;            // (M, N)
+  const void* bias;  // (N,), or null
+  void* y;           // (M, N), contiguous
+  int64_t M, N;
+  Dtype dtype;       // of x and y
+  Dtype bias_dtype;  // dtype, or fp32
+  bool tanh;         // the approximation
+};
+
+struct GeluBwd {
+  Rows dy;  // (M, N)
+  Rows x;   // (M, N)
+  const void* bias;
+  void* dx;        // (M, N), contiguous
+  void* dbias;     // (N,), untouched where there is no bias
+  float* partial;  // (row_blocks(M), N): each block's share of dbias
+  int64_t M, N;
+  Dtype dtype;
+  Dtype bias_dtype;  // of bias and dbias
+  bool tanh;
+};
+
 enum class MathFunction : int32_t { exp, log, tanh, erf };
 
 struct Math {
@@ -74,6 +97,8 @@ struct Kernels {
   const char* isa;
   void (*layer_norm_fwd)(const Pool&, const LayerNormFwd&);
   void (*layer_norm_bwd)(const Pool&, const LayerNormBwd&);
+  void (*gelu_fwd)(const Pool&, const GeluFwd&);
+  void (*gelu_bwd)(const Pool&, const GeluBwd&);
   void (*math)(const Pool&, const Math&);
 };
 

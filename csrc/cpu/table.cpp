@@ -9,6 +9,8 @@ namespace fastgpt::FASTGPT_ISA {
 
 void layer_norm_fwd(const Pool&, const LayerNormFwd&);
 void layer_norm_bwd(const Pool&, const LayerNormBwd&);
+void gelu_fwd(const Pool&, const GeluFwd&);
+void gelu_bwd(const Pool&, const GeluBwd&);
 void math(const Pool&, const Math&);
 
 extern const Kernels table;
@@ -16,6 +18,8 @@ const Kernels table = {
     FASTGPT_STRING(FASTGPT_ISA),
     layer_norm_fwd,
     layer_norm_bwd,
+    gelu_fwd,
+    gelu_bwd,
     math,
 };
 
