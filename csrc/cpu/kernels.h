@@ -77,6 +77,25 @@ struct GeluBwd {
   bool tanh;
 };
 
+struct SoftmaxFwd {
+  Rows x;   // (M, N)
+  void* y;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;  // rows of one causal matrix, or 0 where nothing is masked
+  float scale;
+  Dtype dtype;
+};
+
+struct SoftmaxBwd {
+  Rows dy;   // (M, N)
+  Rows y;    // (M, N)
+  void* dx;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;
+  float scale;
+  Dtype dtype;
+};
+
 enum class MathFunction : int32_t { exp, log, tanh, erf };
 
 struct Math {
@@ -99,6 +118,8 @@ struct Kernels {
   void (*layer_norm_bwd)(const Pool&, const LayerNormBwd&);
   void (*gelu_fwd)(const Pool&, const GeluFwd&);
   void (*gelu_bwd)(const Pool&, const GeluBwd&);
+  void (*softmax_fwd)(const Pool&, const SoftmaxFwd&);
+  void (*softmax_bwd)(const Pool&, const SoftmaxBwd&);
   void (*math)(const Pool&, const Math&);
 };
 

@@ -11,6 +11,8 @@ void layer_norm_fwd(const Pool&, const LayerNormFwd&);
 void layer_norm_bwd(const Pool&, const LayerNormBwd&);
 void gelu_fwd(const Pool&, const GeluFwd&);
 void gelu_bwd(const Pool&, const GeluBwd&);
+void softmax_fwd(const Pool&, const SoftmaxFwd&);
+void softmax_bwd(const Pool&, const SoftmaxBwd&);
 void math(const Pool&, const Math&);
 
 extern const Kernels table;
@@ -20,6 +22,8 @@ const Kernels table = {
     layer_norm_bwd,
     gelu_fwd,
     gelu_bwd,
+    softmax_fwd,
+    softmax_bwd,
     math,
 };
 
