@@ -110,6 +110,48 @@ inline int64_t attention_splits(const AttentionShape& s) {
   return blocks < 1 ? 1 : blocks < wanted ? blocks : wanted;
 }
 
+struct GeluFwd {
+  Rows x;            // (M, N)
+  const void* bias;  // (N,), or null
+  void* y;           // (M, N), contiguous
+  int64_t M, N;
+  Dtype dtype;       // of x and y
+  Dtype bias_dtype;  // dtype, or fp32
+  bool tanh;         // the approximation
+};
+
+struct GeluBwd {
+  Rows dy;  // (M, N)
+  Rows x;   // (M, N)
+  const void* bias;
+  void* dx;        // (M, N), contiguous
+  void* dbias;     // (N,), untouched where there is no bias
+  float* partial;  // (row_blocks(M), N): each block's share of dbias
+  int64_t M, N;
+  Dtype dtype;
+  Dtype bias_dtype;  // of bias and dbias
+  bool tanh;
+};
+
+struct SoftmaxFwd {
+  Rows x;   // (M, N)
+  void* y;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;  // rows of one causal matrix, or 0 where nothing is masked
+  float scale;
+  Dtype dtype;
+};
+
+struct SoftmaxBwd {
+  Rows dy;   // (M, N)
+  Rows y;    // (M, N)
+  void* dx;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;
+  float scale;
+  Dtype dtype;
+};
+
 enum class MathFunction : int32_t { exp, log, tanh, erf };
 
 struct Math {
@@ -217,6 +259,10 @@ struct Kernels {
   void (*attention_bwd)(const Pool&, const AttentionBwd&);
   void (*layer_norm_fwd)(const Pool&, const LayerNormFwd&);
   void (*layer_norm_bwd)(const Pool&, const LayerNormBwd&);
+  void (*gelu_fwd)(const Pool&, const GeluFwd&);
+  void (*gelu_bwd)(const Pool&, const GeluBwd&);
+  void (*softmax_fwd)(const Pool&, const SoftmaxFwd&);
+  void (*softmax_bwd)(const Pool&, const SoftmaxBwd&);
   void (*math)(const Pool&, const Math&);
   void (*dropout)(const Pool&, const Dropout&);
   void (*add_layer_norm_fwd)(const Pool&, const AddLayerNormFwd&);

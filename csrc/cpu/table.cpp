@@ -11,6 +11,10 @@ void attention_fwd(const Pool&, const AttentionFwd&);
 void attention_bwd(const Pool&, const AttentionBwd&);
 void layer_norm_fwd(const Pool&, const LayerNormFwd&);
 void layer_norm_bwd(const Pool&, const LayerNormBwd&);
+void gelu_fwd(const Pool&, const GeluFwd&);
+void gelu_bwd(const Pool&, const GeluBwd&);
+void softmax_fwd(const Pool&, const SoftmaxFwd&);
+void softmax_bwd(const Pool&, const SoftmaxBwd&);
 void math(const Pool&, const Math&);
 void dropout(const Pool&, const Dropout&);
 void add_layer_norm_fwd(const Pool&, const AddLayerNormFwd&);
@@ -25,6 +29,10 @@ const Kernels table = {
     attention_bwd,
     layer_norm_fwd,
     layer_norm_bwd,
+    gelu_fwd,
+    gelu_bwd,
+    softmax_fwd,
+    softmax_bwd,
     math,
     dropout,
     add_layer_norm_fwd,
