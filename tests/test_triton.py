@@ -113,9 +113,8 @@ def test_the_backward_of_a_loss_may_be_run_twice() -> None:
 
 def test_the_gradient_of_a_gradient_is_refused() -> None:
     x = sample(3, 8).requires_grad_()
-    (dx,) = torch.autograd.grad(ops.softmax(x, backend="triton").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    with pytest.raises(RuntimeError, match="kernels have no second derivative"):
+        torch.autograd.grad(ops.softmax(x, backend="triton").square().sum(), x, create_graph=True)
 
 
 def test_a_row_of_minus_infinities_is_nan_as_in_the_reference() -> None:
