@@ -349,8 +349,10 @@ def _register_cpp() -> None:
     if missing is not None:
         mark_absent("cpp", missing)
         return
+    in_place = {"adamw_": (0, 2, 3), "clip_grad_norm_": (0,)}
     for op in OPS:
-        register("cpp", op, Entry(_on_kernels(op, extension.op), ("cpu",), note=f"{extension.isa()} kernels"))
+        fn = extension.op_in_place(op, in_place[op]) if op in in_place else _on_kernels(op, extension.op)
+        register("cpp", op, Entry(fn, ("cpu",), note=f"{extension.isa()} kernels"))
 
 
 _register_triton()
