@@ -4,13 +4,10 @@
 // read, and written as zeros. Between its passes (maximum, exponentials and their sum, quotient) a row stays in the cache,
 // its exponentials in fp32; those of a row in half precision beyond kHeld elements are made twice.
 
-#include "math.h"
 #include "rows.h"
 
 namespace fastgpt::FASTGPT_ISA {
 namespace {
-
-constexpr int64_t kHeld = 65536;  // 256 KB of the stack, of which a row touches what it needs
 
 // How many columns row m sees: those up to m + N - Tq in its matrix of Tq rows.
 inline int64_t visible_columns(int64_t m, int64_t N, int64_t Tq) {
@@ -18,48 +15,23 @@ inline int64_t visible_columns(int64_t m, int64_t N, int64_t Tq) {
 }
 
 template <class T>
-inline void clear(T* y, int64_t N) {
-  for_each_vec(N, [&](int64_t i, int n) { store_n(y + i, Vec{}, n); });
-}
-
-constexpr float kInfinity = __builtin_inff();
-
-// Where the exponentials of row y wait for their sum, in fp32: in y itself, or in half precision in `buffer`.
-inline float* held_in(float* y, float*) { return y; }
-
-template <class T>
-inline float* held_in(T*, float* buffer) {
-  return buffer;
-}
-
-template <class T>
 void forward(const Pool& pool, const SoftmaxFwd& a) {
   parallel_for(pool, a.M, row_grain(a.N), [&](int64_t begin, int64_t end) {
-    float buffer[sizeof(T) == sizeof(float) ? 1 : kHeld];
+    HeldExponentials held;
     for (int64_t m = begin; m < end; ++m) {
       const T* x = row<T>(a.x, m);
       T* y = static_cast<T*>(a.y) + m * a.N;
-      float* held = held_in(y, buffer);
       const int64_t N = visible_columns(m, a.N, a.Tq);
-      const bool hold = held != buffer || N <= kHeld;
       clear(y + N, a.N - N);
+      held.start(y, N);
       // Rounded before the maximum is taken off, so that the largest becomes exactly 0.
       auto scaled = [&](int64_t i, int n) { return rounded(load_n(x + i, n) * a.scale); };
-      Vec top = splat(-kInfinity);
-      for_each_vec(N, [&](int64_t i, int n) { top = vmax(top, keep_n(scaled(i, n), n, -kInfinity)); });
-      float shift = max_lane(top);
-      if (shift == -kInfinity) shift = 0.0f;  // -inf - -inf is NaN
-      Sum sum;
-      for_each_vec(N, [&](int64_t i, int n) {
-        Vec e = keep_n(vexp(scaled(i, n) - shift), n, 0.0f);
-        if (hold) store_n(held + i, e, n);
-        sum.add(e);
-      });
-      const float total = sum.value();
+      const ExponentialSum sum = exponential_sum(N, scaled, held.data);
       // A causal row without a finite element gives 0, any other NaN.
-      const float inverse = 1.0f / (total == 0.0f && a.Tq != 0 ? 1.0f : total);
+      const float inverse = 1.0f / (sum.total == 0.0f && a.Tq != 0 ? 1.0f : sum.total);
       for_each_vec(N, [&](int64_t i, int n) {
-        store_n(y + i, (hold ? load_n(held + i, n) : vexp(scaled(i, n) - shift)) * inverse, n);
+        Vec e = held.data != nullptr ? load_n(held.data + i, n) : vexp(scaled(i, n) - sum.shift);
+        store_n(y + i, e * inverse, n);
       });
     }
   });

@@ -102,6 +102,11 @@ struct Matrix {
 
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
+inline float fp32_value(const Tensor& x, const char* op) {
+  require(x.scalar_type() == ScalarType::Float && x.numel() == 1, op, "scalars must be float32");
+  return *floats(x);
+}
+
 // torch's own threads.
 inline const Pool& pool() {
   static const Pool threads = {[](int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
