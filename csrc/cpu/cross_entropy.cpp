@@ -11,6 +11,7 @@ namespace {
 template <class T>
 void forward(const Pool& pool, const CrossEntropyFwd& a) {
   const int64_t V = a.V;
+  float *tops = a.stats, *log_totals = a.stats + a.M;
   parallel_for(pool, a.M, row_grain(V), [&](int64_t begin, int64_t end) {
     HeldExponentials held;
     for (int64_t m = begin; m < end; ++m) {
@@ -26,13 +27,9 @@ void forward(const Pool& pool, const CrossEntropyFwd& a) {
       }
       const ExponentialSum sum =
           exponential_sum(V, [&](int64_t i, int n) { return load_n(x + i, n); }, held.data);
-      const float log_total = vlog(splat(sum.total))[0];
-      // Not (top + log_total) - picked: an offset of all logits then costs no digits.
-      a.losses[m] = counted ? (sum.top - picked) + log_total : 0.0f;
-      if (a.stats != nullptr) {
-        a.stats[m] = sum.top;
-        a.stats[a.M + m] = log_total;
-      }
+      a.losses[m] = sum.top - picked;
+      tops[m] = sum.top;
+      log_totals[m] = sum.total;
       if (dx == nullptr) continue;
       if (!counted) {
         clear(dx, V);
@@ -44,6 +41,15 @@ void forward(const Pool& pool, const CrossEntropyFwd& a) {
         store_n(dx + i, e * factor, n);
       });
       if (valid) store_one(dx + target, (vexp(splat(picked - sum.shift))[0] * inverse - 1.0f) * a.grad_scale);
+    }
+    // The logarithms of many rows at once, where a row has few classes a part of the work. (top - picked) + log_total
+    // and not (top + log_total) - picked: an offset of all logits then costs no digits.
+    for_each_vec(end - begin, [&](int64_t i, int n) {
+      float* totals = log_totals + begin + i;
+      store_n(totals, vlog(load_n(totals, n)), n);
+    });
+    for (int64_t m = begin; m < end; ++m) {
+      a.losses[m] = a.targets[m] == a.ignore_index ? 0.0f : a.losses[m] + log_totals[m];
     }
   });
 }

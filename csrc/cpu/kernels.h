@@ -101,7 +101,7 @@ struct CrossEntropyFwd {
   const int64_t* targets;  // (M,)
   void* dlogits;           // (M, V), contiguous, or null; may be the logits themselves
   float* losses;           // (M,), 0 where the target is ignore_index
-  float* stats;            // (2, M): the row's maximum, and the logarithm of the sum of exponentials below it; or null
+  float* stats;            // (2, M): the row's maximum, and the logarithm of the sum of exponentials below it
   int64_t M, V;
   int64_t ignore_index;
   float grad_scale;  // what the gradient of the sum of losses is multiplied by
