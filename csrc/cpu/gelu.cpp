@@ -1,7 +1,6 @@
 // GELU of z = x + bias: z * Phi(z), or its approximation by tanh. Forward reads x and writes y, backward reads x and dy
 // and writes dx, each once; dbias adds up beside it.
 
-#include "math.h"
 #include "rows.h"
 
 namespace fastgpt::FASTGPT_ISA {

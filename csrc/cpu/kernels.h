@@ -152,6 +152,36 @@ struct SoftmaxBwd {
   Dtype dtype;
 };
 
+struct CrossEntropyFwd {
+  Rows logits;             // (M, V)
+  const int64_t* targets;  // (M,)
+  void* dlogits;           // (M, V), contiguous, or null; may be the logits themselves
+  float* losses;           // (M,), 0 where the target is ignore_index
+  float* stats;            // (2, M): the row's maximum, and the logarithm of the sum of exponentials below it
+  int64_t M, V;
+  int64_t ignore_index;
+  float grad_scale;  // what the gradient of the sum of losses is multiplied by
+  Dtype dtype;
+};
+
+struct CrossEntropyBwd {
+  Rows logits;             // (M, V)
+  const int64_t* targets;  // (M,)
+  void* dlogits;           // (M, V), contiguous
+  const float* stats;      // (2, M)
+  int64_t M, V;
+  int64_t ignore_index;
+  float grad_scale;
+  Dtype dtype;
+};
+
+struct ScaleGradient {
+  void* gradient;  // (n,), changed
+  int64_t n;
+  float factor;
+  Dtype dtype;
+};
+
 enum class MathFunction : int32_t { exp, log, tanh, erf };
 
 struct Math {
@@ -263,6 +293,9 @@ struct Kernels {
   void (*gelu_bwd)(const Pool&, const GeluBwd&);
   void (*softmax_fwd)(const Pool&, const SoftmaxFwd&);
   void (*softmax_bwd)(const Pool&, const SoftmaxBwd&);
+  void (*cross_entropy_fwd)(const Pool&, const CrossEntropyFwd&);
+  void (*cross_entropy_bwd)(const Pool&, const CrossEntropyBwd&);
+  void (*scale_gradient)(const Pool&, const ScaleGradient&);
   void (*math)(const Pool&, const Math&);
   void (*dropout)(const Pool&, const Dropout&);
   void (*add_layer_norm_fwd)(const Pool&, const AddLayerNormFwd&);

@@ -1,7 +1,8 @@
-// Sums that the kernels over rows share.
+// What the kernels over rows share: sums, and exponentials on their way to a softmax.
 
 #pragma once
 
+#include "math.h"
 #include "parallel.h"
 
 namespace fastgpt::FASTGPT_ISA {
@@ -24,6 +25,11 @@ struct Sum {
 
   float value() const { return sum(total + part); }
 };
+
+template <class T>
+inline void clear(T* y, int64_t N) {
+  for_each_vec(N, [&](int64_t i, int n) { store_n(y + i, Vec{}, n); });
+}
 
 struct Moments {
   float mean, variance;
@@ -65,6 +71,46 @@ inline void add_partial_sums(
       store_n(out + i, total, n);
     });
   });
+}
+
+constexpr float kInfinity = __builtin_inff();
+
+// The exponentials of a row, in fp32, while their sum is not known: in the row of results itself, or, where that is of
+// half precision, beside it, up to kHeld of them; 256 KB of the stack, of which a row touches what it needs.
+constexpr int64_t kHeld = 65536;
+
+struct HeldExponentials {
+  float* data;  // null where the row has too many
+  float buffer[kHeld];
+
+  void start(float* results, int64_t) { data = results; }
+
+  template <class T>
+  void start(T*, int64_t N) {
+    data = N <= kHeld ? buffer : nullptr;
+  }
+};
+
+struct ExponentialSum {
+  float top;    // the largest element
+  float shift;  // the same, or 0 where that is -inf: -inf - -inf is NaN
+  float total;  // the sum of exp(element - shift)
+};
+
+// Of N elements given by `at(i, n)`, with any values in the lanes beyond. The exponentials stay in `held`, if that has
+// room, which may be where the elements are.
+template <class F>
+inline ExponentialSum exponential_sum(int64_t N, const F& at, float* held) {
+  Vec tops = splat(-kInfinity);
+  for_each_vec(N, [&](int64_t i, int n) { tops = vmax(tops, keep_n(at(i, n), n, -kInfinity)); });
+  const float top = max_lane(tops), shift = top == -kInfinity ? 0.0f : top;
+  Sum sum;
+  for_each_vec(N, [&](int64_t i, int n) {
+    Vec e = keep_n(vexp(at(i, n) - shift), n, 0.0f);
+    if (held != nullptr) store_n(held + i, e, n);
+    sum.add(e);
+  });
+  return {top, shift, sum.value()};
 }
 
 }  // namespace

@@ -1,16 +1,13 @@
 // softmax(scale * x) over rows of N elements, with an optional causal mask.
 //
 // Each tensor moves once: forward reads x and writes y, backward reads y and dy and writes dx. What the mask hides is not
-// read, and written as zeros. A row of up to kHeld elements is held in fp32 in the L1 cache between its passes (maximum,
-// exponentials and their sum, quotient); a longer one is read again out of L2, and its exponentials are made twice.
+// read, and written as zeros. Between its passes (maximum, exponentials and their sum, quotient) a row stays in the cache,
+// its exponentials in fp32; those of a row in half precision beyond kHeld elements are made twice.
 
-#include "math.h"
 #include "rows.h"
 
 namespace fastgpt::FASTGPT_ISA {
 namespace {
-
-constexpr int64_t kHeld = 4096;
 
 // How many columns row m sees: those up to m + N - Tq in its matrix of Tq rows.
 inline int64_t visible_columns(int64_t m, int64_t N, int64_t Tq) {
@@ -18,43 +15,23 @@ inline int64_t visible_columns(int64_t m, int64_t N, int64_t Tq) {
 }
 
 template <class T>
-inline void clear(T* y, int64_t N) {
-  for_each_vec(N, [&](int64_t i, int n) { store_n(y + i, Vec{}, n); });
-}
-
-constexpr float kInfinity = __builtin_inff();
-
-template <class T>
 void forward(const Pool& pool, const SoftmaxFwd& a) {
   parallel_for(pool, a.M, row_grain(a.N), [&](int64_t begin, int64_t end) {
-    float held[kHeld];
+    HeldExponentials held;
     for (int64_t m = begin; m < end; ++m) {
       const T* x = row<T>(a.x, m);
       T* y = static_cast<T*>(a.y) + m * a.N;
       const int64_t N = visible_columns(m, a.N, a.Tq);
       clear(y + N, a.N - N);
-      const bool hold = N <= kHeld;
+      held.start(y, N);
       // Rounded before the maximum is taken off, so that the largest becomes exactly 0.
       auto scaled = [&](int64_t i, int n) { return rounded(load_n(x + i, n) * a.scale); };
-      Vec top = splat(-kInfinity);
-      for_each_vec(N, [&](int64_t i, int n) {
-        Vec v = keep_n(scaled(i, n), n, -kInfinity);
-        if (hold) store_n(held + i, v, n);
-        top = vmax(top, v);
-      });
-      float shift = max_lane(top);
-      if (shift == -kInfinity) shift = 0.0f;  // -inf - -inf is NaN
-      Sum sum;
-      for_each_vec(N, [&](int64_t i, int n) {
-        Vec e = keep_n(vexp((hold ? load_n(held + i, n) : scaled(i, n)) - shift), n, 0.0f);
-        if (hold) store_n(held + i, e, n);
-        sum.add(e);
-      });
-      const float total = sum.value();
+      const ExponentialSum sum = exponential_sum(N, scaled, held.data);
       // A causal row without a finite element gives 0, any other NaN.
-      const float inverse = 1.0f / (total == 0.0f && a.Tq != 0 ? 1.0f : total);
+      const float inverse = 1.0f / (sum.total == 0.0f && a.Tq != 0 ? 1.0f : sum.total);
       for_each_vec(N, [&](int64_t i, int n) {
-        store_n(y + i, (hold ? load_n(held + i, n) : vexp(scaled(i, n) - shift)) * inverse, n);
+        Vec e = held.data != nullptr ? load_n(held.data + i, n) : vexp(scaled(i, n) - sum.shift);
+        store_n(y + i, e * inverse, n);
       });
     }
   });

@@ -15,6 +15,9 @@ void gelu_fwd(const Pool&, const GeluFwd&);
 void gelu_bwd(const Pool&, const GeluBwd&);
 void softmax_fwd(const Pool&, const SoftmaxFwd&);
 void softmax_bwd(const Pool&, const SoftmaxBwd&);
+void cross_entropy_fwd(const Pool&, const CrossEntropyFwd&);
+void cross_entropy_bwd(const Pool&, const CrossEntropyBwd&);
+void scale_gradient(const Pool&, const ScaleGradient&);
 void math(const Pool&, const Math&);
 void dropout(const Pool&, const Dropout&);
 void add_layer_norm_fwd(const Pool&, const AddLayerNormFwd&);
@@ -33,6 +36,9 @@ const Kernels table = {
     gelu_bwd,
     softmax_fwd,
     softmax_bwd,
+    cross_entropy_fwd,
+    cross_entropy_bwd,
+    scale_gradient,
     math,
     dropout,
     add_layer_norm_fwd,
