@@ -109,6 +109,8 @@ inline Drop drop_of(double p, const std::optional<Tensor>& seed, const char* op)
   require(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, op, "seed must be one int64");
   return {*static_cast<const uint64_t*>(seed->data_ptr()), static_cast<uint32_t>(p * 4294967296.0),
           static_cast<float>(1 / (1 - p))};
+}
+
 inline float fp32_value(const Tensor& x, const char* op) {
   require(x.scalar_type() == ScalarType::Float && x.numel() == 1, op, "scalars must be float32");
   return *floats(x);
