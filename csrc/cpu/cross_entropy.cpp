@@ -98,4 +98,18 @@ void scale_gradient(const Pool& pool, const ScaleGradient& a) {
   });
 }
 
+void add_scaled(const Pool& pool, const AddScaled& a) {
+  with_dtype(a.dtype, [&](auto t) {
+    const auto* part = static_cast<const decltype(t)*>(a.part);
+    parallel_for(pool, a.n, 65536, [&](int64_t begin, int64_t end) {
+      for_each_vec(end - begin, [&](int64_t i, int n) {
+        i += begin;
+        Vec v = load_n(part + i, n) * a.factor;
+        if (!a.first) v += load_n(a.total + i, n);
+        store_n(a.total + i, v, n);
+      });
+    });
+  });
+}
+
 }  // namespace fastgpt::FASTGPT_ISA

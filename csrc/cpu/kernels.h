@@ -182,6 +182,15 @@ struct ScaleGradient {
   Dtype dtype;
 };
 
+struct AddScaled {
+  float* total;      // (n,), added to
+  const void* part;  // (n,)
+  int64_t n;
+  float factor;
+  bool first;  // total has no value yet
+  Dtype dtype;  // of part
+};
+
 enum class MathFunction : int32_t { exp, log, tanh, erf };
 
 struct Math {
@@ -296,6 +305,7 @@ struct Kernels {
   void (*cross_entropy_fwd)(const Pool&, const CrossEntropyFwd&);
   void (*cross_entropy_bwd)(const Pool&, const CrossEntropyBwd&);
   void (*scale_gradient)(const Pool&, const ScaleGradient&);
+  void (*add_scaled)(const Pool&, const AddScaled&);
   void (*math)(const Pool&, const Math&);
   void (*dropout)(const Pool&, const Dropout&);
   void (*add_layer_norm_fwd)(const Pool&, const AddLayerNormFwd&);

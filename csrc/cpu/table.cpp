@@ -18,6 +18,7 @@ void softmax_bwd(const Pool&, const SoftmaxBwd&);
 void cross_entropy_fwd(const Pool&, const CrossEntropyFwd&);
 void cross_entropy_bwd(const Pool&, const CrossEntropyBwd&);
 void scale_gradient(const Pool&, const ScaleGradient&);
+void add_scaled(const Pool&, const AddScaled&);
 void math(const Pool&, const Math&);
 void dropout(const Pool&, const Dropout&);
 void add_layer_norm_fwd(const Pool&, const AddLayerNormFwd&);
@@ -39,6 +40,7 @@ const Kernels table = {
     cross_entropy_fwd,
     cross_entropy_bwd,
     scale_gradient,
+    add_scaled,
     math,
     dropout,
     add_layer_norm_fwd,
