@@ -179,18 +179,17 @@ def run_python(code: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def instruction_sets() -> list[str]:
-    """Those that this processor and this build have."""
-    code = "from fastgpt import extension; print(extension.missing() is None)"
+    """Those that this processor and this build have, each of which FASTGPT_CPU_ISA chooses."""
+    code = "from fastgpt import extension; print(extension.missing() is None and extension.isa())"
     names = ("baseline", "avx2", "avx512", "avx512_bf16")
-    found = [name for name in names if run_python(code, FASTGPT_CPU_ISA=name) == "True"]
-    assert "baseline" in found
-    assert extension.isa() == os.environ.get("FASTGPT_CPU_ISA", found[-1])
-    return found
+    chosen = {name: run_python(code, FASTGPT_CPU_ISA=name) for name in names}
+    assert all(said in (name, "False") for name, said in chosen.items())
+    return [name for name in names if chosen[name] == name]
 
 
-def test_the_environment_chooses_the_instruction_set(instruction_sets: list[str]) -> None:
-    for name in instruction_sets:
-        assert run_python("from fastgpt import extension; print(extension.isa())", FASTGPT_CPU_ISA=name) == name
+def test_the_best_instruction_set_runs(instruction_sets: list[str]) -> None:
+    assert "baseline" in instruction_sets
+    assert extension.isa() == os.environ.get("FASTGPT_CPU_ISA", instruction_sets[-1])
 
 
 def test_an_unknown_instruction_set_is_a_reason_not_a_crash() -> None:
@@ -222,7 +221,7 @@ def test_every_instruction_set_obeys_the_error_rule(instruction_sets: list[str])
 def train(backend: str, dtype: torch.dtype, steps: int) -> list[float]:
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=67, n_layer=2, n_head=2, n_embd=64, dropout=0.1))
-    optimizer = AdamW(model.parameters(), lr=1e-2)
+    optimizer = AdamW(model.parameters(), lr=3e-3)
     data = torch.randint(67, (4, 33)) // 3
     losses = []
     with use_backend(backend):
