@@ -26,8 +26,8 @@ struct Rows {
   int64_t stride;
 };
 
-// Dropout with probability p: an element whose random word (philox.h) lies below the threshold becomes 0, the others are
-// scaled. Nothing is dropped where the threshold is 0.
+// Dropout with probability p: an element whose random word (philox.h) lies below the threshold becomes 0, the others
+// are scaled. Nothing is dropped where the threshold is 0.
 struct Drop {
   uint64_t seed;
   uint32_t threshold;  // p * 2^32

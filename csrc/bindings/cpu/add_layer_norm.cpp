@@ -5,8 +5,8 @@
 namespace fastgpt {
 namespace {
 
-// The kernels know a stream of x's dtype or of fp32; the gradient for a residual in the other half precision, or in half
-// precision beside fp32, is rounded once more, which changes nothing.
+// The kernels know a stream of x's dtype or of fp32. A residual of another dtype is widened to fp32 before the kernel,
+// and its gradient rounded after it, as the kernel would have.
 Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
