@@ -71,7 +71,8 @@ struct LayerNormBwd {
 };
 
 // dropout(x) + residual, and its layer norm. The stream is what residual and residual_out are kept in: x's dtype, or
-// fp32. `scratch` is fp32: N elements for weight, N for bias, and N for each of row_blocks(M).
+// fp32. `scratch` is fp32: N elements for weight, N for bias and, beside a stream in half precision, N for each of
+// row_blocks(M).
 struct AddLayerNormFwd {
   Rows x;             // (M, N)
   Rows residual;      // (M, N)
