@@ -123,10 +123,23 @@ def test_is_dropout_then_addition_then_layer_norm(backend: str) -> None:
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton", "cpp"])
+def test_normalises_the_sum_before_it_is_rounded(backend: str) -> None:
+    """What x adds to such a stream is lost in fp16, but not before it has been normalised.
+
+    The torch backend puts PyTorch's addition, which rounds, before PyTorch's norm.
+    """
+    x = sample(3, 70, dtype=F16, mean=0.0, std=0.2).clamp(-0.9, 0.9)
+    ones = torch.ones(70, dtype=F16, device=DEVICE)
+    y, residual_out = ops.add_layer_norm(x, torch.full_like(x, 2048 + 2), ones, backend=backend)
+    assert (residual_out == 2050).all()
+    torch.testing.assert_close(y.float(), F.layer_norm(x.float(), (70,)), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_cpp_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
-    inputs = stream_inputs(333, 258, dtype=dtype)
-    upstream = sample(333, 258, dtype=dtype), sample(333, 258, dtype=dtype)
+    inputs = stream_inputs(2048, 258, dtype=dtype)
+    upstream = sample(2048, 258, dtype=dtype), sample(2048, 258, dtype=dtype)
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):

@@ -96,6 +96,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_afterwards(backend:
     total = ops.clip_grad_norm_(grads, 1.0, backend=backend)
     assert not total.isfinite()
     assert not all(grad.isfinite().all() for grad in grads)
+    assert all(((grad == 0) | grad.isnan()).all() for grad in grads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,8 +1,8 @@
 // One AdamW step over all parameters (Loshchilov and Hutter, 2019, algorithm 2).
 //
 // What moves: parameter, gradient and the two means are read, parameter and means written: 28 bytes an element in fp32,
-// which is what the time goes to. The arithmetic is written once, for fp32; other dtypes go through buffers that stay in
-// the L1 cache, so that any mixture of dtypes moves no more than its own bytes.
+// and that is where the time goes. The arithmetic is written once, for fp32; other dtypes go through buffers that stay
+// in the L1 cache, so that any mixture of dtypes moves no more than its own bytes.
 
 #include "tensor_list.h"
 

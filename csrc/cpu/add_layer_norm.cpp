@@ -1,9 +1,9 @@
 // Dropout, residual addition and layer norm in one pass over the rows.
 //
 // What moves: forward reads x and residual and writes y and residual_out, backward reads dy, the stream's gradient and
-// residual_out and writes dresidual (and dx, where dropout or its dtype makes it another). The mask is made again in the
-// backward. The norm is of the sum before it is rounded to the stream's dtype: where that is half precision, the sum
-// waits in a row of scratch; an fp32 stream keeps it itself.
+// residual_out and writes dresidual (and dx, where dropout or its dtype makes it another). The mask is made again in
+// the backward. The norm is of the sum before it is rounded to the stream's dtype: where that is half precision, the
+// sum waits in a row of scratch; an fp32 stream keeps it itself.
 //
 // The stream is of x's dtype or fp32, and parameters are widened to fp32 once a call: five variants instead of fifteen.
 

@@ -26,8 +26,8 @@ struct Rows {
   int64_t stride;
 };
 
-// Dropout with probability p: an element whose random word (philox.h) lies below the threshold becomes 0, the others are
-// scaled. Nothing is dropped where the threshold is 0.
+// Dropout with probability p: an element whose random word (philox.h) lies below the threshold becomes 0, the others
+// are scaled. Nothing is dropped where the threshold is 0.
 struct Drop {
   uint64_t seed;
   uint32_t threshold;  // p * 2^32
@@ -201,7 +201,8 @@ struct Math {
 };
 
 // dropout(x) + residual, and its layer norm. The stream is what residual and residual_out are kept in: x's dtype, or
-// fp32. `scratch` is fp32: N elements for weight, N for bias, and N for each of row_blocks(M).
+// fp32. `scratch` is fp32: N elements for weight, N for bias and, beside a stream in half precision, N for each of
+// row_blocks(M).
 struct AddLayerNormFwd {
   Rows x;             // (M, N)
   Rows residual;      // (M, N)

@@ -12,14 +12,7 @@ namespace {
 template <class Item, class F>
 inline void for_each_block(const Pool& pool, const Item* items, int64_t count, int64_t blocks, const F& f) {
   parallel_for(pool, blocks, 4, [&](int64_t begin, int64_t end) {
-    int64_t at = 0;  // the last item that starts at or before `begin`; those without elements start where the next does
-    for (int64_t step = count; step > 0;) {
-      if (at + step < count && items[at + step].first_block <= begin) {
-        at += step;
-      } else {
-        step /= 2;
-      }
-    }
+    int64_t at = 0;
     for (int64_t block = begin; block < end; ++block) {
       while (at + 1 < count && items[at + 1].first_block <= block) ++at;
       const int64_t start = (block - items[at].first_block) * kListBlock;

@@ -5,8 +5,8 @@
 namespace fastgpt {
 namespace {
 
-// The kernels know a stream of x's dtype or of fp32; the gradient for a residual in the other half precision, or in half
-// precision beside fp32, is rounded once more, which changes nothing.
+// The kernels know a stream of x's dtype or of fp32. A residual of another dtype is widened to fp32 before the kernel,
+// and its gradient rounded after it, as the kernel would have.
 Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
   require(!b || b->scalar_type() == w.scalar_type(), op, "bias must have weight's dtype");
   Tensor y = fresh_like(x, x.scalar_type()), residual_out = fresh_like(x, stream);
   Tensor mean = fresh({rows.M}, ScalarType::Float), rstd = fresh({rows.M}, ScalarType::Float);
-  Tensor scratch = fresh({2 + row_blocks(rows.M), rows.N}, ScalarType::Float);
+  Tensor scratch = fresh({stream == ScalarType::Float ? 2 : 2 + row_blocks(rows.M), rows.N}, ScalarType::Float);
   kernels().add_layer_norm_fwd(
       pool(), {rows.rows, residual_rows.rows, w.data_ptr(), b ? b->data_ptr() : nullptr, y.data_ptr(),
                residual_out.data_ptr(), floats(mean), floats(rstd), floats(scratch), rows.M, rows.N,

@@ -11,7 +11,7 @@ namespace fastgpt {
 // Tensors as the kernels take them: contiguous. A copy stands in for one that is not, and write_back() takes it home.
 class TensorList {
  public:
-  TensorList(const std::vector<Tensor>& tensors, const char* op) : given_(tensors), used_() {
+  TensorList(const std::vector<Tensor>& tensors, const char* op) : given_(tensors) {
     used_.reserve(tensors.size());
     listed_.reserve(tensors.size());
     for (const Tensor& x : tensors) {
