@@ -45,17 +45,17 @@ struct LayerNormBwd {
   const void* weight;
   const float* mean;
   const float* rstd;
-  void* dx;       // (M, N), contiguous
-  void* dweight;  // (N,)
-  void* dbias;    // (N,)
+  void* dx;        // (M, N), contiguous
+  void* dweight;   // (N,)
+  void* dbias;     // (N,)
   float* partial;  // (row_blocks(M), 2, N): each block's share of dweight and dbias
   int64_t M, N;
   Dtype dtype;
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
-// Into how many blocks a kernel cuts M rows whose shares of a sum over rows it keeps apart: by M alone, so that sums are
-// the same on any number of threads.
+// Into how many blocks a kernel cuts M rows whose shares of a sum over rows it keeps apart: by M alone, so that sums
+// are the same on any number of threads.
 inline int64_t row_blocks(int64_t M) {
   int64_t blocks = (M + 31) / 32;
   return blocks < 64 ? (blocks < 1 ? 1 : blocks) : 64;

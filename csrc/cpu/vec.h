@@ -15,9 +15,16 @@
 
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined register
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#endif
+
+// GCC's address sanitizer does not see masked loads and stores (clang's does): under it lanes are moved one by one.
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
+#define FASTGPT_MASKED_MEMORY
 #endif
 
 #ifndef FASTGPT_ISA
@@ -156,6 +163,18 @@ inline VecU16 narrow(Vec x, fp16) {
 // Memory; no address need be aligned
 // ---------------------------------------------------------------------------------------------------------------------
 
+template <class T>
+inline T read(const T* p) {
+  T x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+template <class T>
+inline void write(T* p, T x) {
+  __builtin_memcpy(p, &x, sizeof(x));
+}
+
 inline Vec load(const float* p) {
   Vec v;
   __builtin_memcpy(&v, p, sizeof(v));
@@ -179,30 +198,30 @@ inline void store(T* p, Vec v) {
 
 // The first n lanes; the others are 0. Nothing beyond p[n - 1] is touched.
 inline Vec load(const float* p, int n) {
-#if defined(__AVX512F__)
+#ifdef FASTGPT_MASKED_MEMORY
   return bit_cast<Vec>(_mm512_maskz_loadu_ps((1u << n) - 1, p));
 #else
   Vec v{};
-  for (int i = 0; i < n; ++i) v[i] = p[i];
+  for (int i = 0; i < n; ++i) v[i] = read(p + i);
   return v;
 #endif
 }
 
 inline void store(float* p, Vec v, int n) {
-#if defined(__AVX512F__)
+#ifdef FASTGPT_MASKED_MEMORY
   _mm512_mask_storeu_ps(p, (1u << n) - 1, bit_cast<__m512>(v));
 #else
-  for (int i = 0; i < n; ++i) p[i] = v[i];
+  for (int i = 0; i < n; ++i) write<float>(p + i, v[i]);
 #endif
 }
 
 template <class T>
 inline Vec load(const T* p, int n) {
   VecU16 bits{};
-#if defined(__AVX512F__)
+#ifdef FASTGPT_MASKED_MEMORY
   bits = bit_cast<VecU16>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 #else
-  for (int i = 0; i < n; ++i) bits[i] = p[i].bits;
+  for (int i = 0; i < n; ++i) bits[i] = read(p + i).bits;
 #endif
   return widen(bits, T{});
 }
@@ -210,15 +229,15 @@ inline Vec load(const T* p, int n) {
 template <class T>
 inline void store(T* p, Vec v, int n) {
   VecU16 bits = narrow(v, T{});
-#if defined(__AVX512F__)
+#ifdef FASTGPT_MASKED_MEMORY
   _mm256_mask_storeu_epi16(p, (1u << n) - 1, bit_cast<__m256i>(bits));
 #else
-  for (int i = 0; i < n; ++i) p[i].bits = bits[i];
+  for (int i = 0; i < n; ++i) write(p + i, T{bits[i]});
 #endif
 }
 
 // One element.
-inline float load_one(const float* p) { return *p; }
+inline float load_one(const float* p) { return read(p); }
 
 template <class T>
 inline float load_one(const T* p) {
