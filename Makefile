@@ -4,34 +4,47 @@ PYTHON ?= python3
 STAGE ?= test
 VENV := .venv
 BIN := $(VENV)/bin
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: train test test-full kernel-table bench-cpu lint format gpu-check clean
+.PHONY: train test test-full wheel sanitize kernel-table bench-cpu lint format gpu-check clean
 
-train: $(VENV)/installed
+train: $(VENV)/built
 	$(BIN)/fastgpt train $(ARGS)
 
-test: $(VENV)/installed
+test: $(VENV)/built
 	$(BIN)/pytest $(ARGS)
 
-test-full: $(VENV)/installed
+test-full: $(VENV)/built
 	$(BIN)/pytest --full $(ARGS)
+
+# A wheel for this platform, any Python from 3.10 on and any torch from 2.10 on, in dist/.
+wheel: $(VENV)/installed
+	rm -rf build/lib.* build/bdist.*
+	FASTGPT_CPP=1 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls -l dist
+
+# The C++ kernels with ASan and UBSan in them, held to all of their tests on each instruction set of this processor.
+sanitize: $(VENV)/installed
+	BIN=$(CURDIR)/$(BIN) tests/sanitize.sh $(ARGS)
 
 # What the Triton kernels compile to, into docs/kernels.md: three chips, no GPU, a few minutes.
 kernel-table: $(VENV)/installed
 	$(BIN)/python tests/triton_matrix.py --doc docs/kernels.md
 
 # Every mark of the CPU kernels, in some minutes on an idle machine: `make bench-cpu ARGS='--only attention --json'`.
-bench-cpu: $(VENV)/installed
+bench-cpu: $(VENV)/built
 	$(BIN)/python -m fastgpt.benchmarks.cpu $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastgpt
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # Nothing is installed, and nothing downloaded: links in a passing folder put the package together as setuptools would.
 gpu-check:
@@ -41,15 +54,23 @@ gpu-check:
 	PYTHONPATH="$$tree$${PYTHONPATH:+:$$PYTHONPATH}" \
 	$(PYTHON) "$$tree/fastgpt/benchmarks/gpu_check.py" --stage $(STAGE) $(ARGS)
 
+# Nothing is downloaded twice: the extension is built with the torch that is installed here, not in isolation.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja
+	FASTGPT_CPP=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	    --editable '.[test]'
 	touch $@
 
+# Only what changed is compiled. Where there is no extension to be had, fastgpt works without, and the next make tries again.
+$(VENV)/built: $(VENV)/installed setup.py $(shell find csrc)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	test -e fastgpt/_build.json || touch $@
+
+# The extra of what is already installed.
 $(VENV)/installed-lint: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'fastgpt[lint]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache fastgpt/*.so fastgpt/_build.json

@@ -36,8 +36,8 @@ def missing() -> str | None:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         return f"the C++ extension does not load: {str(error).splitlines()[0]}"
-    error = _cpu().fastgpt_isa_error()
-    return error.decode() if error else None
+    wrong = _cpu().fastgpt_isa_error()
+    return wrong.decode() if wrong else None
 
 
 def op(name: str) -> Callable[..., Any]:

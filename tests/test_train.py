@@ -339,7 +339,7 @@ def test_the_backend_is_the_one_that_runs(tmp_path, backend, monkeypatch):
     ("changes", "sentence"),
     [
         ({"backend": "fast"}, "--backend: unknown backend 'fast'"),
-        ({"backend": "cpp"}, "backend 'cpp' cannot run attention here: this version of fastgpt does not include"),
+        ({"backend": "cuda"}, "backend 'cuda' cannot run attention here: this version of fastgpt does not include"),
         ({"backend": "attn=torch"}, "--backend: unknown op 'attn'"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": "cuda:99"}, "device cuda:99 is not there: PyTorch sees"),

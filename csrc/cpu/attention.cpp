@@ -1,13 +1,14 @@
 // Attention: o = softmax(q k^T * scale) v and its gradients, head by head, without ever holding the (Tq, Tk) matrix.
 //
-// All products are made of one small piece, the tile of tile.h. Its operands are copied ("packed") once per head, or per
-// block of keys, into rows and panels of whole vectors, so that the inner loop has no bounds, no strides and no conversion;
-// the copies are small beside the products, and strided inputs cost nothing more.
+// All products are made of one small piece, the tile of tile.h. Its operands are copied ("packed") once per head, or
+// per block of keys, into rows and panels of whole vectors, so that the inner loop has no bounds, no strides and no
+// conversion; the copies are small beside the products, and strided inputs cost nothing more.
 //
 // The forward runs over blocks of keys with an online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022): the
-// panels of a block stay in the L2 cache, a tile's scores in L1. The backward makes the transposed tiles k q^T and v do^T:
-// a row of such a tile is a key and a lane a query, so that dv += p do, dk += ds q and dq += ds^T k all read it as it
-// lies, and lse and delta are vectors. dq is summed in fp32 beside the loop over keys; nothing is added to by two threads.
+// panels of a block stay in the L2 cache, a tile's scores in L1. The backward makes the transposed tiles k q^T and v
+// do^T: a row of such a tile is a key and a lane a query, so that dv += p do, dk += ds q and dq += ds^T k all read it
+// as it lies, and lse and delta are vectors. dq is summed in fp32 beside the loop over keys; nothing is added to by two
+// threads.
 
 #include "math.h"
 #include "parallel.h"
@@ -17,8 +18,8 @@
 namespace fastgpt::FASTGPT_ISA {
 namespace {
 
-// Queries whose sums one item of the forward keeps; keys in a block of the forward and of the backward; queries in a block
-// of the backward. All are multiples of 4 * kLanes, so that a Philox vector of keys stays within a block.
+// Queries whose sums one item of the forward keeps; keys in a block of the forward and of the backward; queries in a
+// block of the backward. All are multiples of 4 * kLanes, so that a Philox vector of keys stays within a block.
 constexpr int64_t kQueryChunk = 256;
 constexpr int64_t kKeyBlock = 128;
 constexpr int64_t kKeyBlockBwd = 64;
@@ -38,7 +39,8 @@ struct Visible {
         is_causal(causal) {}
 
   int64_t last(int64_t query) const { return is_causal ? query + offset : keys - 1; }
-  // Of kLanes queries: the others have p = 1 whatever their score, and ds = 0, of which delta's rounding would leave some.
+  // Of kLanes queries: the others have p = 1 whatever their score, and ds = 0, of which delta's rounding would leave
+  // some.
   VecI sees_more_than_one(int64_t query) const {
     const int32_t first = static_cast<int32_t>(max<int64_t>(-kLanes, min<int64_t>(last(query), 1)));
     return (is_causal ? lane_ids() : VecI{}) + first > 0;
@@ -80,9 +82,9 @@ struct ForwardBuffers {
 
 // One tile of queries against one block of keys: scores, online softmax, and the product with the values.
 template <class Math>
-inline void forward_tile(
-    const AttentionFwd& a, const ForwardBuffers<Math>& buf, const Pitch<Math>& pitch, const Visible& visible,
-    const Dropper* dropper, int64_t head, int64_t i0, int64_t rows, int64_t r0, int64_t k0) {
+inline void forward_tile(const AttentionFwd& a, const ForwardBuffers<Math>& buf, const Pitch<Math>& pitch,
+                         const Visible& visible, const Dropper* dropper, int64_t head, int64_t i0, int64_t rows,
+                         int64_t r0, int64_t k0) {
   constexpr int64_t kUnitsPerVec = kLanes / Math::kPerUnit;
   const int64_t last_row = min(r0 + kRows, rows) - 1;
   const int64_t seen = min(visible.last(i0 + last_row) + 1 - k0, kKeyBlock);
@@ -91,8 +93,8 @@ inline void forward_tile(
 
   for_each_group(0, vecs, [&](int64_t v, auto count) {
     Tile<count.value> tile{};
-    multiply_add<Math, count.value>(
-        tile, pitch.units, buf.q + r0 * pitch.row, pitch.row, 1, buf.kt + v * kLanes, kKeyBlock);
+    multiply_add<Math, count.value>(tile, pitch.units, buf.q + r0 * pitch.row, pitch.row, 1, buf.kt + v * kLanes,
+                                    kKeyBlock);
     store_tile<count.value>(tile, buf.scores + v * kLanes, kKeyBlock);
   });
 
@@ -146,8 +148,8 @@ inline void forward_tile(
     for (int r = 0; r < kRows; ++r) {
       for (Vec& x : tile[r]) x *= correction[r];
     }
-    multiply_add<Math, count.value>(
-        tile, vecs * kUnitsPerVec, buf.probs, kKeyBlock / Math::kPerUnit, 1, buf.v + v * kLanes, pitch.panel);
+    multiply_add<Math, count.value>(tile, vecs * kUnitsPerVec, buf.probs, kKeyBlock / Math::kPerUnit, 1,
+                                    buf.v + v * kLanes, pitch.panel);
     store_tile<count.value>(tile, acc, pitch.panel);
   });
 }
@@ -164,11 +166,14 @@ void forward(const Pool& pool, const AttentionFwd& a) {
   parallel_for(pool, s.B * s.H * chunks, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     const ForwardBuffers<Math> buf = scratch.allocate([&](Scratch& m) {
-      return ForwardBuffers<Math>{
-          m.take<Unit>(rows_at_most * pitch.row), m.take<Unit>(pitch.row * kKeyBlock),
-          m.take<Unit>(kKeyBlock / Math::kPerUnit * pitch.panel), m.take<float>(rows_at_most * pitch.panel),
-          m.take<float>(rows_at_most), m.take<float>(rows_at_most * kLanes), m.take<float>(kRows * kKeyBlock),
-          m.take<Unit>(kRows * kKeyBlock / Math::kPerUnit)};
+      return ForwardBuffers<Math>{m.take<Unit>(rows_at_most * pitch.row),
+                                  m.take<Unit>(pitch.row * kKeyBlock),
+                                  m.take<Unit>(kKeyBlock / Math::kPerUnit * pitch.panel),
+                                  m.take<float>(rows_at_most * pitch.panel),
+                                  m.take<float>(rows_at_most),
+                                  m.take<float>(rows_at_most * kLanes),
+                                  m.take<float>(kRows * kKeyBlock),
+                                  m.take<Unit>(kRows * kKeyBlock / Math::kPerUnit)};
     });
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / chunks, b = head / s.H, h = head % s.H;
@@ -207,8 +212,8 @@ void forward(const Pool& pool, const AttentionFwd& a) {
 template <class Math>
 struct BackwardBuffers {
   using Unit = typename Math::Unit;
-  // Of all queries: q and do, transposed (row, padded queries) and as panels (padded queries / kPerUnit, panel); lse and
-  // delta (padded queries,), +inf and 0 beyond the last one; and dq's sum (padded queries, panel).
+  // Of all queries: q and do, transposed (row, padded queries) and as panels (padded queries / kPerUnit, panel); lse
+  // and delta (padded queries,), +inf and 0 beyond the last one; and dq's sum (padded queries, panel).
   Unit *qt, *dot, *q, *dout;
   float *lse, *delta, *dq;
   // Of a block of keys: k and v as rows and k as a panel; sums of dk and dv (kKeyBlockBwd, panel).
@@ -217,14 +222,14 @@ struct BackwardBuffers {
   // Of a tile of keys and a block of queries: scores (kRows, kQueryBlockBwd), and p (dropped) and ds as operands.
   float* scores;
   Unit *p, *ds;  // (kRows, kQueryBlockBwd / kPerUnit)
-  Unit* dst;     // (kKeyBlockBwd / kPerUnit, kQueryBlockBwd): ds of the whole block of keys, to be multiplied along them
+  Unit* dst;  // (kKeyBlockBwd / kPerUnit, kQueryBlockBwd): ds of the whole block of keys, to be multiplied along them
 };
 
 // One tile of keys against one block of queries: p and ds, and what they add to dv and dk.
 template <class Math>
-inline void backward_tile(
-    const AttentionBwd& a, const BackwardBuffers<Math>& buf, const Pitch<Math>& pitch, int64_t padded_q,
-    const Visible& visible, const Dropper* dropper, int64_t head, int64_t k0, int64_t r0, int64_t i0) {
+inline void backward_tile(const AttentionBwd& a, const BackwardBuffers<Math>& buf, const Pitch<Math>& pitch,
+                          int64_t padded_q, const Visible& visible, const Dropper* dropper, int64_t head, int64_t k0,
+                          int64_t r0, int64_t i0) {
   constexpr int64_t kPitch = kQueryBlockBwd / Math::kPerUnit, kUnitsPerVec = kLanes / Math::kPerUnit;
   const int64_t key = k0 + r0;
   const int64_t begin = max<int64_t>(0, visible.first_query(key) - i0) / kLanes;
@@ -233,14 +238,14 @@ inline void backward_tile(
 
   for_each_group(begin, end, [&](int64_t v, auto count) {
     Tile<count.value> tile{};
-    multiply_add<Math, count.value>(
-        tile, pitch.units, buf.k_rows + r0 * pitch.row, pitch.row, 1, buf.qt + i0 + v * kLanes, padded_q);
+    multiply_add<Math, count.value>(tile, pitch.units, buf.k_rows + r0 * pitch.row, pitch.row, 1,
+                                    buf.qt + i0 + v * kLanes, padded_q);
     store_tile<count.value>(tile, buf.scores + v * kLanes, kQueryBlockBwd);
   });
   for_each_group(begin, end, [&](int64_t v, auto count) {
     Tile<count.value> dp{};
-    multiply_add<Math, count.value>(
-        dp, pitch.units, buf.v_rows + r0 * pitch.row, pitch.row, 1, buf.dot + i0 + v * kLanes, padded_q);
+    multiply_add<Math, count.value>(dp, pitch.units, buf.v_rows + r0 * pitch.row, pitch.row, 1,
+                                    buf.dot + i0 + v * kLanes, padded_q);
     for (int64_t w = 0; w < count.value; ++w) {
       const int64_t i = (v + w) * kLanes;
       const Vec lse = load(buf.lse + i0 + i), delta = load(buf.delta + i0 + i);
@@ -266,8 +271,7 @@ inline void backward_tile(
         Math::store_row(buf.ds + r * kPitch + i / Math::kPerUnit, ds[r]);
       }
       for (int64_t r = 0; r < kRows; r += Math::kPerUnit) {
-        Math::store_units(
-            buf.dst + (r0 + r) / Math::kPerUnit * kQueryBlockBwd + i, Math::unit_of(ds + r));
+        Math::store_units(buf.dst + (r0 + r) / Math::kPerUnit * kQueryBlockBwd + i, Math::unit_of(ds + r));
       }
     }
   });
@@ -277,21 +281,21 @@ inline void backward_tile(
     Tile<count.value> tile;
     float* dv = buf.dv + r0 * pitch.panel + v * kLanes;
     load_tile<count.value>(tile, dv, pitch.panel);
-    multiply_add<Math, count.value>(
-        tile, units, buf.p + first, kPitch, 1, buf.dout + panel_row + v * kLanes, pitch.panel);
+    multiply_add<Math, count.value>(tile, units, buf.p + first, kPitch, 1, buf.dout + panel_row + v * kLanes,
+                                    pitch.panel);
     store_tile<count.value>(tile, dv, pitch.panel);
     float* dk = buf.dk + r0 * pitch.panel + v * kLanes;
     load_tile<count.value>(tile, dk, pitch.panel);
-    multiply_add<Math, count.value>(tile, units, buf.ds + first, kPitch, 1, buf.q + panel_row + v * kLanes, pitch.panel);
+    multiply_add<Math, count.value>(tile, units, buf.ds + first, kPitch, 1, buf.q + panel_row + v * kLanes,
+                                    pitch.panel);
     store_tile<count.value>(tile, dk, pitch.panel);
   });
 }
 
 // dq of a block of queries += ds^T k over a block of `keys` keys.
 template <class Math>
-inline void add_to_dq(
-    const BackwardBuffers<Math>& buf, const Pitch<Math>& pitch, int64_t padded_q, const Visible& visible, int64_t k0,
-    int64_t keys, int64_t i0) {
+inline void add_to_dq(const BackwardBuffers<Math>& buf, const Pitch<Math>& pitch, int64_t padded_q,
+                      const Visible& visible, int64_t k0, int64_t keys, int64_t i0) {
   for (int64_t i = 0; i < min(kQueryBlockBwd, padded_q - i0); i += kRows) {
     const int64_t seen = min(visible.last(i0 + i + kRows - 1) + 1 - k0, keys);
     if (seen <= 0) continue;
@@ -300,8 +304,7 @@ inline void add_to_dq(
       float* dq = buf.dq + (i0 + i) * pitch.panel + v * kLanes;
       Tile<count.value> tile;
       load_tile<count.value>(tile, dq, pitch.panel);
-      multiply_add<Math, count.value>(
-          tile, units, buf.dst + i, 1, kQueryBlockBwd, buf.k + v * kLanes, pitch.panel);
+      multiply_add<Math, count.value>(tile, units, buf.dst + i, 1, kQueryBlockBwd, buf.k + v * kLanes, pitch.panel);
       store_tile<count.value>(tile, dq, pitch.panel);
     });
   }
@@ -321,14 +324,22 @@ void backward(const Pool& pool, const AttentionBwd& a) {
     Scratch scratch;
     const BackwardBuffers<Math> buf = scratch.allocate([&](Scratch& m) {
       const int64_t panel = padded_q / Math::kPerUnit * pitch.panel;
-      return BackwardBuffers<Math>{
-          m.take<Unit>(pitch.row * padded_q), m.take<Unit>(pitch.row * padded_q), m.take<Unit>(panel),
-          m.take<Unit>(panel), m.take<float>(padded_q), m.take<float>(padded_q), m.take<float>(padded_q * pitch.panel),
-          m.take<Unit>(kKeyBlockBwd * pitch.row), m.take<Unit>(kKeyBlockBwd * pitch.row),
-          m.take<Unit>(kKeyBlockBwd / Math::kPerUnit * pitch.panel), m.take<float>(kKeyBlockBwd * pitch.panel),
-          m.take<float>(kKeyBlockBwd * pitch.panel), m.take<float>(kRows * kQueryBlockBwd),
-          m.take<Unit>(kRows * kQueryBlockBwd / Math::kPerUnit), m.take<Unit>(kRows * kQueryBlockBwd / Math::kPerUnit),
-          m.take<Unit>(kKeyBlockBwd / Math::kPerUnit * kQueryBlockBwd)};
+      return BackwardBuffers<Math>{m.take<Unit>(pitch.row * padded_q),
+                                   m.take<Unit>(pitch.row * padded_q),
+                                   m.take<Unit>(panel),
+                                   m.take<Unit>(panel),
+                                   m.take<float>(padded_q),
+                                   m.take<float>(padded_q),
+                                   m.take<float>(padded_q * pitch.panel),
+                                   m.take<Unit>(kKeyBlockBwd * pitch.row),
+                                   m.take<Unit>(kKeyBlockBwd * pitch.row),
+                                   m.take<Unit>(kKeyBlockBwd / Math::kPerUnit * pitch.panel),
+                                   m.take<float>(kKeyBlockBwd * pitch.panel),
+                                   m.take<float>(kKeyBlockBwd * pitch.panel),
+                                   m.take<float>(kRows * kQueryBlockBwd),
+                                   m.take<Unit>(kRows * kQueryBlockBwd / Math::kPerUnit),
+                                   m.take<Unit>(kRows * kQueryBlockBwd / Math::kPerUnit),
+                                   m.take<Unit>(kKeyBlockBwd / Math::kPerUnit * kQueryBlockBwd)};
     });
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / splits, split = item % splits, b = head / s.H, h = head % s.H;

@@ -40,12 +40,11 @@ float sum_of_squares(const T* x, int64_t n) {
 }  // namespace
 
 void clip_grad_norm(const Pool& pool, const ClipGradNorm& a) {
-  for_each_block(
-      pool, a.items, a.count, a.blocks, [&](const ClipItem& item, int64_t start, int64_t n, int64_t block) {
-        with_dtype(item.grad.dtype, [&](auto t) {
-          a.partial[block] = sum_of_squares(static_cast<const decltype(t)*>(item.grad.data) + start, n);
-        });
-      });
+  for_each_block(pool, a.items, a.count, a.blocks, [&](const ClipItem& item, int64_t start, int64_t n, int64_t block) {
+    with_dtype(item.grad.dtype, [&](auto t) {
+      a.partial[block] = sum_of_squares(static_cast<const decltype(t)*>(item.grad.data) + start, n);
+    });
+  });
   double total = 0;
   for (int64_t block = 0; block < a.blocks; ++block) total += a.partial[block];
   const float norm = static_cast<float>(__builtin_sqrt(total));

@@ -1,7 +1,8 @@
 // Cross entropy: loss = -log softmax(logits)[target] of each row, and its gradient softmax(logits) - onehot(target).
 //
-// A row of logits is read from memory once and stays in the cache for its maximum, its exponentials and their sum, and the
-// gradient, which is written in the same turn. The backward that starts from the statistics reads the logits once more.
+// A row of logits is read from memory once and stays in the cache for its maximum, its exponentials and their sum, and
+// the gradient, which is written in the same turn. The backward that starts from the statistics reads the logits once
+// more.
 
 #include "rows.h"
 
@@ -25,8 +26,7 @@ void forward(const Pool& pool, const CrossEntropyFwd& a) {
       } else {
         held.start(dx, V);
       }
-      const ExponentialSum sum =
-          exponential_sum(V, [&](int64_t i, int n) { return load_n(x + i, n); }, held.data);
+      const ExponentialSum sum = exponential_sum(V, [&](int64_t i, int n) { return load_n(x + i, n); }, held.data);
       a.losses[m] = sum.top - picked;
       tops[m] = sum.top;
       log_totals[m] = sum.total;

@@ -61,9 +61,9 @@ struct LayerNormBwd {
   const void* weight;
   const float* mean;
   const float* rstd;
-  void* dx;       // (M, N), contiguous
-  void* dweight;  // (N,)
-  void* dbias;    // (N,)
+  void* dx;        // (M, N), contiguous
+  void* dweight;   // (N,)
+  void* dbias;     // (N,)
   float* partial;  // (row_blocks(M), 2, N): each block's share of dweight and dbias
   int64_t M, N;
   Dtype dtype;
@@ -187,7 +187,7 @@ struct AddScaled {
   const void* part;  // (n,)
   int64_t n;
   float factor;
-  bool first;  // total has no value yet
+  bool first;   // total has no value yet
   Dtype dtype;  // of part
 };
 
@@ -204,8 +204,8 @@ struct Math {
 // fp32. `scratch` is fp32: N elements for weight, N for bias and, beside a stream in half precision, N for each of
 // row_blocks(M).
 struct AddLayerNormFwd {
-  Rows x;             // (M, N)
-  Rows residual;      // (M, N)
+  Rows x;         // (M, N)
+  Rows residual;  // (M, N)
   const void* weight;
   const void* bias;
   void* y;             // (M, N), contiguous
@@ -286,8 +286,8 @@ struct ClipGradNorm {
   float max_norm;
 };
 
-// Into how many blocks a kernel cuts M rows whose shares of a sum over rows it keeps apart: by M alone, so that sums are
-// the same on any number of threads.
+// Into how many blocks a kernel cuts M rows whose shares of a sum over rows it keeps apart: by M alone, so that sums
+// are the same on any number of threads.
 inline int64_t row_blocks(int64_t M) {
   int64_t blocks = (M + 31) / 32;
   return blocks < 64 ? (blocks < 1 ? 1 : blocks) : 64;

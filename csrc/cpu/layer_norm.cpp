@@ -1,7 +1,7 @@
 // Layer norm: y = (x - mean) * rstd * weight + bias over rows of N elements.
 //
-// A row is read from memory once and then three times from the L1 cache, where GPT-sized rows stay: for the sum, for the
-// sum of squares about the mean (taken about zero it would lose its digits where the mean is large), and for y.
+// A row is read from memory once and then three times from the L1 cache, where GPT-sized rows stay: for the sum, for
+// the sum of squares about the mean (taken about zero it would lose its digits where the mean is large), and for y.
 
 #include "rows.h"
 

@@ -1,9 +1,9 @@
 // Elementary functions of vectors.
 //
-// Coefficients are minimax: Remez exchange at 40 digits on the reduced range, for the relative error of the result, each
-// coefficient rounded to fp32 before the ones after it are fitted again. The bounds hold over all of fp32 and are in units
-// of the last place of the true result (tests/test_cpp_math.py); the baseline, without fused operations, comes nearest to
-// them.
+// Coefficients are minimax: Remez exchange at 40 digits on the reduced range, for the relative error of the result,
+// each coefficient rounded to fp32 before the ones after it are fitted again. The bounds hold over all of fp32 and are
+// in units of the last place of the true result (tests/test_cpp_math.py); the baseline, without fused operations, comes
+// nearest to them.
 
 #pragma once
 
@@ -76,7 +76,8 @@ inline Vec vlog(Vec x) {
   return x > 0.0f ? (x < __builtin_inff() ? result : x) : special;
 }
 
-// tanh(x) to 2.8 units. With E = exp(2 |x|) - 1 it is E / (E + 2): E is made without the 1, and so keeps its digits near 0.
+// tanh(x) to 2.8 units. With E = exp(2 |x|) - 1 it is E / (E + 2): E is made without the 1, and so keeps its digits
+// near 0.
 inline Vec vtanh(Vec x) {
   Vec y = 2.0f * vmin(splat(10.0f), vabs(x));  // tanh(10) rounds to 1
   Vec shifted = y * kLog2E + kRound;

@@ -24,7 +24,9 @@ inline void parallel_for(const Pool& pool, int64_t n, int64_t grain, const F& f)
 inline int64_t row_grain(int64_t N) { return max<int64_t>(1, 16384 / max<int64_t>(1, N)); }
 
 // The same in blocks of row_blocks(M).
-inline int64_t row_block_grain(int64_t M, int64_t N) { return ceil_div(row_grain(N), max<int64_t>(1, M / row_blocks(M))); }
+inline int64_t row_block_grain(int64_t M, int64_t N) {
+  return ceil_div(row_grain(N), max<int64_t>(1, M / row_blocks(M)));
+}
 
 // f(T{}) with the type that `dtype` names.
 template <class F>

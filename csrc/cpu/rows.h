@@ -60,8 +60,8 @@ inline Moments row_moments(int64_t N, const F& at) {
 
 // Second stage of a sum over rows: out[j] = the sum of partial[block * stride + j] over the blocks, in their order.
 template <class T>
-inline void add_partial_sums(
-    const Pool& pool, const float* partial, int64_t blocks, int64_t stride, int64_t N, T* out) {
+inline void add_partial_sums(const Pool& pool, const float* partial, int64_t blocks, int64_t stride, int64_t N,
+                             T* out) {
   const int64_t vecs = ceil_div(N, kLanes);
   parallel_for(pool, vecs, max<int64_t>(1, 4096 / blocks), [&](int64_t begin, int64_t end) {
     for_each_vec(min(N, end * kLanes) - begin * kLanes, [&](int64_t i, int n) {

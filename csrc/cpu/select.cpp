@@ -32,13 +32,14 @@ struct Choice {
 Choice choose() {
   const char* wanted = std::getenv("FASTGPT_CPU_ISA");
   const bool any = wanted == nullptr || *wanted == '\0';
-  auto fits = [&](const Kernels& table) { return any || std::strcmp(wanted, table.isa) == 0; };
+  [[maybe_unused]] auto fits = [&](const Kernels& table) { return any || std::strcmp(wanted, table.isa) == 0; };
   bool known = any || std::strcmp(wanted, "baseline") == 0;
 #if defined(FASTGPT_HAS_AVX2) || defined(FASTGPT_HAS_AVX512) || defined(FASTGPT_HAS_AVX512_BF16)
   __builtin_cpu_init();
   [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                       __builtin_cpu_supports("avx512vl");
 #endif
 #if defined(FASTGPT_HAS_AVX512_BF16)
   if (avx512 && __builtin_cpu_supports("avx512bf16") && fits(avx512_bf16::table)) return {&avx512_bf16::table, nullptr};

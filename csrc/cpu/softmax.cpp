@@ -1,8 +1,8 @@
 // softmax(scale * x) over rows of N elements, with an optional causal mask.
 //
-// Each tensor moves once: forward reads x and writes y, backward reads y and dy and writes dx. What the mask hides is not
-// read, and written as zeros. Between its passes (maximum, exponentials and their sum, quotient) a row stays in the cache,
-// its exponentials in fp32; those of a row in half precision beyond kHeld elements are made twice.
+// Each tensor moves once: forward reads x and writes y, backward reads y and dy and writes dx. What the mask hides is
+// not read, and written as zeros. Between its passes (maximum, exponentials and their sum, quotient) a row stays in the
+// cache, its exponentials in fp32; those of a row in half precision beyond kHeld elements are made twice.
 
 #include "rows.h"
 
@@ -50,9 +50,8 @@ void backward(const Pool& pool, const SoftmaxBwd& a) {
       Sum sum;
       for_each_vec(N, [&](int64_t i, int n) { sum.add(load_n(y + i, n) * load_n(dy + i, n)); });
       const float dot = sum.value();
-      for_each_vec(N, [&](int64_t i, int n) {
-        store_n(dx + i, load_n(y + i, n) * (load_n(dy + i, n) - dot) * a.scale, n);
-      });
+      for_each_vec(
+          N, [&](int64_t i, int n) { store_n(dx + i, load_n(y + i, n) * (load_n(dy + i, n) - dot) * a.scale, n); });
     }
   });
 }

@@ -1,7 +1,7 @@
 // The matrix products inside attention: a tile of sums in registers, and the operands as it reads them.
 //
-// tile[r][v] += over k of a[r][k] * b[k][v]: a's elements are broadcast, b's rows are read in vectors. An operand's unit
-// along k is one fp32 (Singles), or a pair of bf16 that one instruction multiplies and adds (Pairs).
+// tile[r][v] += over k of a[r][k] * b[k][v]: a's elements are broadcast, b's rows are read in vectors. An operand's
+// unit along k is one fp32 (Singles), or a pair of bf16 that one instruction multiplies and adds (Pairs).
 
 #pragma once
 
@@ -71,9 +71,8 @@ using Tile = Vec[kRows][kVecs];
 
 // tile += a b over `units` units of k. Row r of a begins at a + r * a_row; its units are a_unit apart.
 template <class Math, int kVecs>
-inline void multiply_add(
-    Tile<kVecs>& tile, int64_t units, const typename Math::Unit* a, int64_t a_row, int64_t a_unit,
-    const typename Math::Unit* b, int64_t b_unit) {
+inline void multiply_add(Tile<kVecs>& tile, int64_t units, const typename Math::Unit* a, int64_t a_row, int64_t a_unit,
+                         const typename Math::Unit* b, int64_t b_unit) {
   // A copy that is this function's own stays in registers.
   Tile<kVecs> sums;
 #pragma GCC unroll 4
@@ -155,9 +154,8 @@ inline void pack_rows(const Source<T>& source, int64_t rows, int64_t pitch, type
   for (int64_t i = 0; i < rows; ++i) {
     const bool real = i < source.rows;
     for (int64_t u = 0; u < pitch; u += kLanes) {
-      Math::store_units(
-          out + i * pitch + u,
-          real ? Math::load_row(source.row(i), u * Math::kPerUnit, source.width) : typename Math::UnitVec{});
+      Math::store_units(out + i * pitch + u, real ? Math::load_row(source.row(i), u * Math::kPerUnit, source.width)
+                                                  : typename Math::UnitVec{});
     }
   }
 }

@@ -15,12 +15,19 @@
 
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics start from an undefined register
+#if !defined(__clang__)  // GCC 12's own intrinsics start from an undefined register
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#endif
+
+// GCC's address sanitizer does not see masked loads and stores (clang's does): under it lanes are moved one by one.
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
+#define FASTGPT_MASKED_MEMORY
 #endif
 
 #ifndef FASTGPT_ISA
@@ -74,8 +81,8 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// x in every lane. An operation between a scalar and a vector is what compilers turn into one broadcast; this one leaves
-// every x, also -0, as it is.
+// x in every lane. An operation between a scalar and a vector is what compilers turn into one broadcast; this one
+// leaves every x, also -0, as it is.
 inline Vec splat(float x) { return x - Vec{}; }
 inline VecI splat(int32_t x) { return x | VecI{}; }
 inline VecU splat(uint32_t x) { return x | VecU{}; }
@@ -150,6 +157,18 @@ inline VecU16 narrow(Vec x, fp16) {
 // Memory; no address need be aligned
 // ---------------------------------------------------------------------------------------------------------------------
 
+template <class T>
+inline T read(const T* p) {
+  T x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+template <class T>
+inline void write(T* p, T x) {
+  __builtin_memcpy(p, &x, sizeof(x));
+}
+
 inline Vec load(const float* p) {
   Vec v;
   __builtin_memcpy(&v, p, sizeof(v));
@@ -173,30 +192,30 @@ inline void store(T* p, Vec v) {
 
 // The first n lanes; the others are 0. Nothing beyond p[n - 1] is touched.
 inline Vec load(const float* p, int n) {
-#if defined(__AVX512F__)
+#ifdef FASTGPT_MASKED_MEMORY
   return bit_cast<Vec>(_mm512_maskz_loadu_ps((1u << n) - 1, p));
 #else
   Vec v{};
-  for (int i = 0; i < n; ++i) v[i] = p[i];
+  for (int i = 0; i < n; ++i) v[i] = read(p + i);
   return v;
 #endif
 }
 
 inline void store(float* p, Vec v, int n) {
-#if defined(__AVX512F__)
+#ifdef FASTGPT_MASKED_MEMORY
   _mm512_mask_storeu_ps(p, (1u << n) - 1, bit_cast<__m512>(v));
 #else
-  for (int i = 0; i < n; ++i) p[i] = v[i];
+  for (int i = 0; i < n; ++i) write<float>(p + i, v[i]);
 #endif
 }
 
 template <class T>
 inline VecU16 load_bits(const T* p, int n) {
-#if defined(__AVX512F__)
+#ifdef FASTGPT_MASKED_MEMORY
   return bit_cast<VecU16>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 #else
   VecU16 bits{};
-  for (int i = 0; i < n; ++i) bits[i] = p[i].bits;
+  for (int i = 0; i < n; ++i) bits[i] = read(p + i).bits;
   return bits;
 #endif
 }
@@ -209,15 +228,15 @@ inline Vec load(const T* p, int n) {
 template <class T>
 inline void store(T* p, Vec v, int n) {
   VecU16 bits = narrow(v, T{});
-#if defined(__AVX512F__)
+#ifdef FASTGPT_MASKED_MEMORY
   _mm256_mask_storeu_epi16(p, (1u << n) - 1, bit_cast<__m256i>(bits));
 #else
-  for (int i = 0; i < n; ++i) p[i].bits = bits[i];
+  for (int i = 0; i < n; ++i) write(p + i, T{bits[i]});
 #endif
 }
 
 // One element.
-inline float load_one(const float* p) { return *p; }
+inline float load_one(const float* p) { return read(p); }
 
 template <class T>
 inline float load_one(const T* p) {
@@ -259,8 +278,8 @@ inline Vec keep_n(Vec v, int n, float x) { return n == kLanes ? v : lane_ids() <
 // Arithmetic
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The second operand where they do not compare, x86's rule: NaN in b gives NaN, NaN in a does not. GCC makes a comparison
-// and a blend of the operators.
+// The second operand where they do not compare, x86's rule: NaN in b gives NaN, NaN in a does not. GCC makes a
+// comparison and a blend of the operators.
 inline Vec vmax(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return bit_cast<Vec>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
@@ -321,7 +340,13 @@ inline V shuffle(V a, V b, VecI from) {
 #if defined(__AVX512BF16__)
 // 2 * kLanes bf16 as kLanes pairs; the first n of them (0 <= n <= 2 * kLanes), the others 0.
 inline VecU load_pairs(const bf16* p, int n) {
+#ifdef FASTGPT_MASKED_MEMORY
   return bit_cast<VecU>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p));
+#else
+  VecU pairs{};
+  for (int i = 0; i < n; ++i) pairs[i / 2] |= static_cast<uint32_t>(read(p + i).bits) << (i % 2 * 16);
+  return pairs;
+#endif
 }
 
 // sum + a's first * b's first + a's second * b's second, lane by lane.

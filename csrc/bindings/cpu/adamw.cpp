@@ -15,10 +15,9 @@ float scalar(const Tensor& x, const char* what) {
   return *floats(x);
 }
 
-void adamw(
-    std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-    std::vector<Tensor> exp_avg_sqs, const Tensor& step, const Tensor& lr, std::vector<double> betas, double eps,
-    double weight_decay) {
+void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+           std::vector<Tensor> exp_avg_sqs, const Tensor& step, const Tensor& lr, std::vector<double> betas, double eps,
+           double weight_decay) {
   const char* op = "adamw_";
   const size_t count = params.size();
   require(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count, op,
@@ -46,10 +45,9 @@ void adamw(
   kernels().adamw(
       pool(),
       {items.data(), static_cast<int64_t>(count), blocks, static_cast<float>(1 - rate * weight_decay),
-       static_cast<float>(rate / correction(betas[0], at)),
-       static_cast<float>(1 / std::sqrt(correction(betas[1], at))), static_cast<float>(betas[0]),
-       static_cast<float>(betas[1]), static_cast<float>(1 - betas[0]), static_cast<float>(1 - betas[1]),
-       static_cast<float>(eps)});
+       static_cast<float>(rate / correction(betas[0], at)), static_cast<float>(1 / std::sqrt(correction(betas[1], at))),
+       static_cast<float>(betas[0]), static_cast<float>(betas[1]), static_cast<float>(1 - betas[0]),
+       static_cast<float>(1 - betas[1]), static_cast<float>(eps)});
   param.write_back();
   exp_avg.write_back();
   exp_avg_sq.write_back();

@@ -11,9 +11,10 @@ Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
-    const Tensor& x, const Tensor& residual, const Tensor& weight, const std::optional<Tensor>& bias, double dropout_p,
-    double eps, const std::optional<Tensor>& seed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, const Tensor& residual,
+                                                              const Tensor& weight, const std::optional<Tensor>& bias,
+                                                              double dropout_p, double eps,
+                                                              const std::optional<Tensor>& seed) {
   const char* op = "add_layer_norm_fwd";
   const ScalarType stream = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
   const Matrix rows(x), residual_rows(in_dtype(residual, stream));
@@ -26,17 +27,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
   Tensor mean = fresh({rows.M}, ScalarType::Float), rstd = fresh({rows.M}, ScalarType::Float);
   Tensor scratch = fresh({stream == ScalarType::Float ? 2 : 2 + row_blocks(rows.M), rows.N}, ScalarType::Float);
   kernels().add_layer_norm_fwd(
-      pool(), {rows.rows, residual_rows.rows, w.data_ptr(), b ? b->data_ptr() : nullptr, y.data_ptr(),
-               residual_out.data_ptr(), floats(mean), floats(rstd), floats(scratch), rows.M, rows.N,
-               static_cast<float>(eps), drop_of(dropout_p, seed, op), dtype_of(x, op), dtype_of(residual_out, op),
-               dtype_of(w, op)});
+      pool(),
+      {rows.rows, residual_rows.rows, w.data_ptr(), b ? b->data_ptr() : nullptr, y.data_ptr(), residual_out.data_ptr(),
+       floats(mean), floats(rstd), floats(scratch), rows.M, rows.N, static_cast<float>(eps),
+       drop_of(dropout_p, seed, op), dtype_of(x, op), dtype_of(residual_out, op), dtype_of(w, op)});
   return {y, residual_out, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
-    const Tensor& dy, const std::optional<Tensor>& dresidual_out, const Tensor& residual_out, const Tensor& weight,
-    const Tensor& mean, const Tensor& rstd, double dropout_p, const std::optional<Tensor>& seed, ScalarType x_dtype,
-    ScalarType residual_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& dy,
+                                                              const std::optional<Tensor>& dresidual_out,
+                                                              const Tensor& residual_out, const Tensor& weight,
+                                                              const Tensor& mean, const Tensor& rstd, double dropout_p,
+                                                              const std::optional<Tensor>& seed, ScalarType x_dtype,
+                                                              ScalarType residual_dtype) {
   const char* op = "add_layer_norm_bwd";
   const ScalarType stream = residual_out.scalar_type();
   const Matrix rows(residual_out), drows(dy), dstream(dresidual_out ? *dresidual_out : residual_out);
@@ -57,9 +60,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
   Tensor scratch = fresh({rows.N}, ScalarType::Float);
   kernels().add_layer_norm_bwd(
       pool(), {drows.rows, dresidual_out ? dstream.rows : Rows{nullptr, 0}, rows.rows, w.data_ptr(), floats(mean),
-               floats(rstd), same ? nullptr : dx.data_ptr(), dresidual.data_ptr(), dweight.data_ptr(),
-               dbias.data_ptr(), floats(partial), floats(scratch), rows.M, rows.N, drop_of(dropout_p, seed, op),
-               dtype_of(dy, op), dtype_of(residual_out, op), dtype_of(w, op)});
+               floats(rstd), same ? nullptr : dx.data_ptr(), dresidual.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),
+               floats(partial), floats(scratch), rows.M, rows.N, drop_of(dropout_p, seed, op), dtype_of(dy, op),
+               dtype_of(residual_out, op), dtype_of(w, op)});
   return {dx, in_dtype(dresidual, residual_dtype), dweight, dbias};
 }
 

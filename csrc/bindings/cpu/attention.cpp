@@ -52,28 +52,29 @@ Tensor partial_sums(const AttentionShape& s) {
   return fresh({splits == 1 ? 0 : s.B * s.H * splits, s.Tq, s.D}, ScalarType::Float);
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(
-    const Tensor& q_, const Tensor& k_, const Tensor& v_, bool is_causal, double dropout_p, double scale,
-    const std::optional<Tensor>& seqlens_k, const std::optional<Tensor>& seed) {
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool is_causal,
+                                         double dropout_p, double scale, const std::optional<Tensor>& seqlens_k,
+                                         const std::optional<Tensor>& seed) {
   const char* op = "attention_fwd";
   const AttentionShape s = shape_of(q_, k_, v_, op);
   const Tensor q = rows_together(q_), k = rows_together(k_), v = rows_together(v_);
   Tensor o = dense_like(q_), lse = fresh({s.B, s.H, s.Tq}, ScalarType::Float);
   std::optional<Tensor> kept;
-  kernels().attention_fwd(
-      pool(), {s, heads(q), heads(k), heads(v), heads(o), floats(lse), lengths(seqlens_k, s.B, op, &kept),
-               drop_of(dropout_p, seed, op), static_cast<float>(scale), is_causal, dtype_of(q, op)});
+  kernels().attention_fwd(pool(),
+                          {s, heads(q), heads(k), heads(v), heads(o), floats(lse), lengths(seqlens_k, s.B, op, &kept),
+                           drop_of(dropout_p, seed, op), static_cast<float>(scale), is_causal, dtype_of(q, op)});
   return {o, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(
-    const Tensor& dout_, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& o_, const Tensor& lse,
-    bool is_causal, double dropout_p, double scale, const std::optional<Tensor>& seqlens_k,
-    const std::optional<Tensor>& seed) {
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_, const Tensor& q_, const Tensor& k_,
+                                                 const Tensor& v_, const Tensor& o_, const Tensor& lse, bool is_causal,
+                                                 double dropout_p, double scale, const std::optional<Tensor>& seqlens_k,
+                                                 const std::optional<Tensor>& seed) {
   const char* op = "attention_bwd";
   const AttentionShape s = shape_of(q_, k_, v_, op);
-  require(shape_of(dout_, k_, v_, op).Tq == s.Tq && shape_of(o_, k_, v_, op).Tq == s.Tq && lse.numel() == s.B * s.H * s.Tq,
-          op, "do and o must have q's shape, and lse one number for each of its rows");
+  require(
+      shape_of(dout_, k_, v_, op).Tq == s.Tq && shape_of(o_, k_, v_, op).Tq == s.Tq && lse.numel() == s.B * s.H * s.Tq,
+      op, "do and o must have q's shape, and lse one number for each of its rows");
   const Tensor dout = rows_together(dout_), q = rows_together(q_), k = rows_together(k_), v = rows_together(v_),
                o = rows_together(o_);
   Tensor dq = dense_like(q_), dk = dense_like(k_), dv = dense_like(v_), partial = partial_sums(s);
@@ -88,9 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
 // (B, T, H, D) as (B, H, T, D).
 Heads transposed(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(2), x.stride(1)}; }
 
-std::tuple<Tensor, Tensor> attention_qkvpacked_fwd(
-    const Tensor& qkv_, bool is_causal, double dropout_p, double scale, const std::optional<Tensor>& seqlens_k,
-    const std::optional<Tensor>& seed) {
+std::tuple<Tensor, Tensor> attention_qkvpacked_fwd(const Tensor& qkv_, bool is_causal, double dropout_p, double scale,
+                                                   const std::optional<Tensor>& seqlens_k,
+                                                   const std::optional<Tensor>& seed) {
   const char* op = "attention_qkvpacked_fwd";
   const AttentionShape s = packed_shape(qkv_, op);
   const Tensor qkv = qkv_.stride(4) == 1 || s.D == 1 ? qkv_ : dense(qkv_);
@@ -98,16 +99,15 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_fwd(
   const int64_t size = element_size(dtype);
   Tensor o = fresh({s.B, s.Tq, s.H, s.D}, qkv.scalar_type()), lse = fresh({s.B, s.H, s.Tq}, ScalarType::Float);
   std::optional<Tensor> kept;
-  kernels().attention_fwd(
-      pool(), {s, part(qkv, 0, size), part(qkv, 1, size), part(qkv, 2, size), transposed(o), floats(lse),
-               lengths(seqlens_k, s.B, op, &kept), drop_of(dropout_p, seed, op), static_cast<float>(scale), is_causal,
-               dtype});
+  kernels().attention_fwd(pool(), {s, part(qkv, 0, size), part(qkv, 1, size), part(qkv, 2, size), transposed(o),
+                                   floats(lse), lengths(seqlens_k, s.B, op, &kept), drop_of(dropout_p, seed, op),
+                                   static_cast<float>(scale), is_causal, dtype});
   return {o, lse};
 }
 
-Tensor attention_qkvpacked_bwd(
-    const Tensor& dout_, const Tensor& qkv_, const Tensor& o_, const Tensor& lse, bool is_causal, double dropout_p,
-    double scale, const std::optional<Tensor>& seqlens_k, const std::optional<Tensor>& seed) {
+Tensor attention_qkvpacked_bwd(const Tensor& dout_, const Tensor& qkv_, const Tensor& o_, const Tensor& lse,
+                               bool is_causal, double dropout_p, double scale, const std::optional<Tensor>& seqlens_k,
+                               const std::optional<Tensor>& seed) {
   const char* op = "attention_qkvpacked_bwd";
   const AttentionShape s = packed_shape(qkv_, op);
   const Tensor qkv = qkv_.stride(4) == 1 || s.D == 1 ? qkv_ : dense(qkv_);
@@ -122,11 +122,10 @@ Tensor attention_qkvpacked_bwd(
   const int64_t size = element_size(dtype);
   Tensor dqkv = fresh_like(qkv_, qkv.scalar_type()), partial = partial_sums(s);
   std::optional<Tensor> kept;
-  kernels().attention_bwd(
-      pool(), {s, transposed(dout), part(qkv, 0, size), part(qkv, 1, size), part(qkv, 2, size), transposed(o),
-               part(dqkv, 0, size), part(dqkv, 1, size), part(dqkv, 2, size), floats(lse),
-               lengths(seqlens_k, s.B, op, &kept), drop_of(dropout_p, seed, op), floats(partial),
-               static_cast<float>(scale), is_causal, dtype});
+  kernels().attention_bwd(pool(), {s, transposed(dout), part(qkv, 0, size), part(qkv, 1, size), part(qkv, 2, size),
+                                   transposed(o), part(dqkv, 0, size), part(dqkv, 1, size), part(dqkv, 2, size),
+                                   floats(lse), lengths(seqlens_k, s.B, op, &kept), drop_of(dropout_p, seed, op),
+                                   floats(partial), static_cast<float>(scale), is_causal, dtype});
   return dqkv;
 }
 

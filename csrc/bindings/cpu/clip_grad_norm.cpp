@@ -20,9 +20,8 @@ Tensor clip_grad_norm(std::vector<Tensor> grads, double max_norm) {
     blocks += list_blocks(grads[i].numel());
   }
   Tensor norm = fresh({}, ScalarType::Float), partial = fresh({blocks}, ScalarType::Float);
-  kernels().clip_grad_norm(
-      pool(), {items.data(), static_cast<int64_t>(items.size()), blocks, floats(partial), floats(norm),
-               static_cast<float>(max_norm)});
+  kernels().clip_grad_norm(pool(), {items.data(), static_cast<int64_t>(items.size()), blocks, floats(partial),
+                                    floats(norm), static_cast<float>(max_norm)});
   grad.write_back();
   return norm;
 }

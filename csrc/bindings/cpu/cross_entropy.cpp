@@ -5,8 +5,8 @@
 namespace fastgpt {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
-    const Tensor& logits, const Tensor& targets, int64_t ignore_index, bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& targets,
+                                                             int64_t ignore_index, bool with_gradient) {
   require(logits.dim() == 2, "cross_entropy_fwd", "logits must have two dimensions");
   const Matrix rows(logits);
   const Tensor t = dense(targets);
@@ -20,9 +20,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(
   return {scalar(mean_loss(floats(losses), rows.M, inverse_count)), stats, scalar(inverse_count), dlogits};
 }
 
-Tensor cross_entropy_bwd(
-    const Tensor& dloss, const Tensor& logits, const Tensor& targets, int64_t ignore_index, const Tensor& stats,
-    const Tensor& inverse_count) {
+Tensor cross_entropy_bwd(const Tensor& dloss, const Tensor& logits, const Tensor& targets, int64_t ignore_index,
+                         const Tensor& stats, const Tensor& inverse_count) {
   require(logits.dim() == 2, "cross_entropy_bwd", "logits must have two dimensions");
   const Matrix rows(logits);
   const Tensor t = dense(targets);
@@ -39,8 +38,8 @@ void scale_gradient_(const Tensor& gradient, const Tensor& dloss) {
   require(gradient.is_contiguous(), "scale_gradient_", "gradient must be contiguous");
   const float factor = fp32_value(dloss, "scale_gradient_");
   if (factor == 1.0f) return;  // as a loss's own gradient usually is: no byte moves
-  kernels().scale_gradient(
-      pool(), {gradient.data_ptr(), gradient.numel(), factor, dtype_of(gradient, "scale_gradient_")});
+  kernels().scale_gradient(pool(),
+                           {gradient.data_ptr(), gradient.numel(), factor, dtype_of(gradient, "scale_gradient_")});
 }
 
 }  // namespace

@@ -8,8 +8,8 @@ namespace {
 Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
   const Tensor in = dense(x);
   Tensor y = fresh_like(x, x.scalar_type());
-  kernels().dropout(
-      pool(), {in.data_ptr(), y.data_ptr(), x.numel(), drop_of(p, seed, "dropout"), dtype_of(x, "dropout")});
+  kernels().dropout(pool(),
+                    {in.data_ptr(), y.data_ptr(), x.numel(), drop_of(p, seed, "dropout"), dtype_of(x, "dropout")});
   return y;
 }
 

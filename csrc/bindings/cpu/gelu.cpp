@@ -21,8 +21,8 @@ Tensor gelu_fwd(const Tensor& x, const std::optional<Tensor>& bias, std::string 
   return y;
 }
 
-std::tuple<Tensor, Tensor> gelu_bwd(
-    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias, std::string approximate) {
+std::tuple<Tensor, Tensor> gelu_bwd(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& bias,
+                                    std::string approximate) {
   const Matrix rows(x), drows(dy);
   const std::optional<Tensor> b = bias ? std::optional<Tensor>(dense(*bias)) : std::nullopt;
   require(drows.M == rows.M && drows.N == rows.N && dy.scalar_type() == x.scalar_type(), "gelu_bwd",
@@ -32,9 +32,9 @@ std::tuple<Tensor, Tensor> gelu_bwd(
   Tensor dbias = fresh({b ? rows.N : 0}, b ? b->scalar_type() : x.scalar_type());
   Tensor partial = fresh({b ? row_blocks(rows.M) : 0, rows.N}, ScalarType::Float);
   const Dtype dtype = dtype_of(x, "gelu_bwd");
-  kernels().gelu_bwd(pool(), {drows.rows, rows.rows, b ? b->data_ptr() : nullptr, dx.data_ptr(), dbias.data_ptr(),
-                              floats(partial), rows.M, rows.N, dtype, b ? dtype_of(*b, "gelu_bwd") : dtype,
-                              is_tanh(approximate, "gelu_bwd")});
+  kernels().gelu_bwd(
+      pool(), {drows.rows, rows.rows, b ? b->data_ptr() : nullptr, dx.data_ptr(), dbias.data_ptr(), floats(partial),
+               rows.M, rows.N, dtype, b ? dtype_of(*b, "gelu_bwd") : dtype, is_tanh(approximate, "gelu_bwd")});
   return {dx, dbias};
 }
 

@@ -5,12 +5,13 @@
 namespace fastgpt {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor& weight,
+                                                  const std::optional<Tensor>& bias, double eps) {
   const Matrix rows(x);
   const Tensor w = dense(weight);
   const std::optional<Tensor> b = bias ? std::optional<Tensor>(dense(*bias)) : std::nullopt;
-  require(w.numel() == rows.N && (!b || b->numel() == rows.N), "layer_norm_fwd", "weight and bias must have N elements");
+  require(w.numel() == rows.N && (!b || b->numel() == rows.N), "layer_norm_fwd",
+          "weight and bias must have N elements");
   require(!b || b->scalar_type() == w.scalar_type(), "layer_norm_fwd", "bias must have weight's dtype");
   Tensor y = fresh_like(x, x.scalar_type());
   Tensor mean = fresh({rows.M}, ScalarType::Float), rstd = fresh({rows.M}, ScalarType::Float);
@@ -20,8 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(
   return {y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& rstd) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                  const Tensor& mean, const Tensor& rstd) {
   const Matrix rows(x), drows(dy);
   const Tensor w = dense(weight);
   require(drows.M == rows.M && drows.N == rows.N && dy.scalar_type() == x.scalar_type(), "layer_norm_bwd",
@@ -31,10 +32,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(
   Tensor dx = fresh_like(x, x.scalar_type());
   Tensor dweight = fresh({rows.N}, w.scalar_type()), dbias = fresh({rows.N}, w.scalar_type());
   Tensor partial = fresh({row_blocks(rows.M), 2, rows.N}, ScalarType::Float);
-  kernels().layer_norm_bwd(
-      pool(), {drows.rows, rows.rows, w.data_ptr(), floats(mean), floats(rstd), dx.data_ptr(), dweight.data_ptr(),
-               dbias.data_ptr(), floats(partial), rows.M, rows.N, dtype_of(x, "layer_norm_bwd"),
-               dtype_of(w, "layer_norm_bwd")});
+  kernels().layer_norm_bwd(pool(), {drows.rows, rows.rows, w.data_ptr(), floats(mean), floats(rstd), dx.data_ptr(),
+                                    dweight.data_ptr(), dbias.data_ptr(), floats(partial), rows.M, rows.N,
+                                    dtype_of(x, "layer_norm_bwd"), dtype_of(w, "layer_norm_bwd")});
   return {dx, dweight, dbias};
 }
 

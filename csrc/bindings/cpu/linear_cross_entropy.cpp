@@ -1,7 +1,8 @@
 // linear_cross_entropy on CPU tensors: torch's matrix products around the kernel of cross_entropy.
 //
 // The rows go through in chunks, in one buffer of logits: a product makes them, one pass turns them in place into their
-// own gradient, and two products use that up for dx and dweight. So the full logits never exist, and none is made twice.
+// own gradient, and two products use that up for dx and dweight. So the full logits never exist, and none is made
+// twice.
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -41,8 +42,8 @@ class WeightGradient {
   void add(const Tensor& dlogits, const Tensor& x) {
     const Tensor turned = some_rows(dlogits, 0, dlogits.size(0), true);
     if (dtype_ == Dtype::fp32) {
-      TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
-          total_.get(), total_.get(), turned.get(), x.get(), empty_ ? 0.0 : 1.0, 1.0));
+      TORCH_ERROR_CODE_CHECK(
+          aoti_torch_cpu_addmm_out(total_.get(), total_.get(), turned.get(), x.get(), empty_ ? 0.0 : 1.0, 1.0));
     } else {
       // In half precision the product comes out rounded. In fp16 it might overflow, summed over the chunk's rows: it is
       // made of an x that a power of two has shrunk.
@@ -72,8 +73,9 @@ class WeightGradient {
   bool empty_ = true;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
-    const Tensor& x_, const Tensor& weight_, const Tensor& targets, int64_t ignore_index, bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(const Tensor& x_, const Tensor& weight_,
+                                                                    const Tensor& targets, int64_t ignore_index,
+                                                                    bool with_gradient) {
   const char* op = "linear_cross_entropy_fwd";
   require(x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1), op, "x must be (M, C), weight (V, C)");
   require(x_.scalar_type() == weight_.scalar_type(), op, "weight must have x's dtype");
@@ -92,8 +94,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
     const Tensor x_rows = some_rows(x, start, rows), logits = some_rows(buffer, 0, rows);
     multiply(logits, x_rows, columns);
     void* dlogits = with_gradient ? logits.data_ptr() : nullptr;
-    kernels().cross_entropy_fwd(pool(), {{logits.data_ptr(), V}, classes + start, dlogits, floats(losses) + start,
-                                         floats(stats), rows, V, ignore_index, 1.0f, dtype_of(x, op)});
+    kernels().cross_entropy_fwd(pool(), {{logits.data_ptr(), V},
+                                         classes + start,
+                                         dlogits,
+                                         floats(losses) + start,
+                                         floats(stats),
+                                         rows,
+                                         V,
+                                         ignore_index,
+                                         1.0f,
+                                         dtype_of(x, op)});
     if (!with_gradient) continue;
     multiply(some_rows(dx, start, rows), logits, weight);
     dweight.add(logits, x_rows);

@@ -24,9 +24,9 @@ Tensor softmax_bwd(const Tensor& dy, const Tensor& y, double scale, bool is_caus
   require(drows.M == rows.M && drows.N == rows.N && dy.scalar_type() == y.scalar_type(), "softmax_bwd",
           "dy must have y's shape and dtype");
   Tensor dx = fresh_like(y, y.scalar_type());
-  kernels().softmax_bwd(pool(), {drows.rows, rows.rows, dx.data_ptr(), rows.M, rows.N,
-                                 causal_rows(y, is_causal, "softmax_bwd"), static_cast<float>(scale),
-                                 dtype_of(y, "softmax_bwd")});
+  kernels().softmax_bwd(pool(),
+                        {drows.rows, rows.rows, dx.data_ptr(), rows.M, rows.N, causal_rows(y, is_causal, "softmax_bwd"),
+                         static_cast<float>(scale), dtype_of(y, "softmax_bwd")});
   return dx;
 }
 

@@ -1,5 +1,5 @@
-// torch tensors for the CPU kernels: checks, outputs, threads. Only the stable ABI is used, so that one build serves every
-// torch from 2.10 on.
+// torch tensors for the CPU kernels: checks, outputs, threads. Only the stable ABI is used, so that one build serves
+// every torch from 2.10 on.
 
 #pragma once
 
@@ -23,7 +23,8 @@ namespace fastgpt {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The public ops have checked what users pass; these say which kernel was called wrongly, and keep it inside its memory.
+// The public ops have checked what users pass; these say which kernel was called wrongly, and keep it inside its
+// memory.
 inline void require(bool condition, const char* op, const char* what) {
   if (!condition) throw std::runtime_error(std::string("fastgpt_cpp::") + op + ": " + what);
 }
@@ -60,9 +61,7 @@ inline Tensor fresh(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 }
 
 // A fresh tensor of x's shape, contiguous.
-inline Tensor fresh_like(const Tensor& x, ScalarType dtype) {
-  return fresh(x.sizes().data(), x.dim(), dtype);
-}
+inline Tensor fresh_like(const Tensor& x, ScalarType dtype) { return fresh(x.sizes().data(), x.dim(), dtype); }
 
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 

@@ -41,8 +41,8 @@ struct Extent {
 };
 
 // Adds the extents of tensors that an op changes, or only reads; one that is changed must not overlap itself.
-inline void add_extents(
-    std::vector<Extent>& extents, const std::vector<Tensor>& tensors, bool changed, const char* op) {
+inline void add_extents(std::vector<Extent>& extents, const std::vector<Tensor>& tensors, bool changed,
+                        const char* op) {
   for (const Tensor& x : tensors) {
     if (x.numel() == 0) continue;
     const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
