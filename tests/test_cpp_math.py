@@ -75,6 +75,15 @@ def test_special_values(name: str) -> None:
     assert [repr(v) for v in got[exact].tolist()] == [repr(v) for v in wanted[exact].tolist()], "signs of zeros count too"
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_bits_do_not_depend_on_the_place(name: str) -> None:
+    """Threads cut a tensor anywhere: an element may be in a whole vector or in the rest beyond the last one."""
+    x = torch.cat([torch.randn(500).abs(), torch.randn(500) * 20])
+    whole = extension.op("math")(x, name)
+    alone = torch.cat([extension.op("math")(one, name) for one in x.split(1)])
+    assert torch.equal(whole.view(torch.int32), alone.view(torch.int32))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_on_every_instruction_set(isa: str) -> None:
     """What the processor has is chosen once a process, so each gets one."""
@@ -97,4 +106,5 @@ def run_alone() -> None:
     torch.set_num_threads(1)
     for name in FUNCTIONS:
         test_special_values(name)
+        test_the_bits_do_not_depend_on_the_place(name)
         test_is_as_close_as_it_says(name)
