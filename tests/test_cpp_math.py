@@ -58,9 +58,10 @@ def test_is_as_close_as_it_says(name: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_is_as_close_as_it_says_for_every_third_float(name: str) -> None:
-    chunk = 3 * 2**16  # whose float64 temporaries stay in the L2 cache
-    worst = max(worst_error(name, every(3, start, min(start + chunk, 2**32))) for start in range(0, 2**32, chunk))
+def test_is_as_close_as_it_says_for_many_more(name: str) -> None:
+    # 70 million. All 2^32 are too much for glibc: it keeps 8 bytes of each element of so many temporaries.
+    chunk = 61 * 2**16
+    worst = max(worst_error(name, every(61, start, min(start + chunk, 2**32))) for start in range(0, 2**32, chunk))
     assert worst <= FUNCTIONS[name][1], f"off by {worst:.3f} units of the last place"
 
 
