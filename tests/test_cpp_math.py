@@ -58,9 +58,10 @@ def test_is_as_close_as_it_says(name: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_is_as_close_as_it_says_for_every_third_float(name: str) -> None:
-    chunk = 3 * 2**16  # whose float64 temporaries stay in the L2 cache
-    worst = max(worst_error(name, every(3, start, min(start + chunk, 2**32))) for start in range(0, 2**32, chunk))
+def test_is_as_close_as_it_says_for_many_more(name: str) -> None:
+    # 70 million. All 2^32 are too much for glibc: it keeps 8 bytes of each element of so many temporaries.
+    chunk = 61 * 2**16
+    worst = max(worst_error(name, every(61, start, min(start + chunk, 2**32))) for start in range(0, 2**32, chunk))
     assert worst <= FUNCTIONS[name][1], f"off by {worst:.3f} units of the last place"
 
 
@@ -75,6 +76,15 @@ def test_special_values(name: str) -> None:
     assert [repr(v) for v in got[exact].tolist()] == [repr(v) for v in wanted[exact].tolist()], (
         "signs of zeros count too"
     )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_bits_do_not_depend_on_the_place(name: str) -> None:
+    """Threads cut a tensor anywhere: an element may be in a whole vector or in the rest beyond the last one."""
+    x = torch.cat([torch.randn(500).abs(), torch.randn(500) * 20])
+    whole = extension.op("math")(x, name)
+    alone = torch.cat([extension.op("math")(one, name) for one in x.split(1)])
+    assert torch.equal(whole.view(torch.int32), alone.view(torch.int32))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -99,4 +109,5 @@ def run_alone() -> None:
     torch.set_num_threads(1)
     for name in FUNCTIONS:
         test_special_values(name)
+        test_the_bits_do_not_depend_on_the_place(name)
         test_is_as_close_as_it_says(name)

@@ -40,7 +40,7 @@ inline Vec exp_tail(Vec r) {
   return q * r + 0x1.fffffcp-2f;
 }
 
-// exp(x) for -104 <= x <= 89.
+// exp(x) for -200 <= x <= 89.
 inline Vec exp_within(Vec x) {
   Vec shifted = x * kLog2E + kRound;
   Vec n = shifted - kRound;
