@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: train test test-full wheel sanitize kernel-table lint format gpu-check clean
+.PHONY: train test test-full wheel sanitize kernel-table bench-cpu lint format gpu-check clean
 
 train: $(VENV)/built
 	$(BIN)/fastgpt train $(ARGS)
@@ -30,6 +30,10 @@ sanitize: $(VENV)/installed
 # What the Triton kernels compile to, into docs/kernels.md: three chips, no GPU, a few minutes.
 kernel-table: $(VENV)/installed
 	$(BIN)/python tests/triton_matrix.py --doc docs/kernels.md
+
+# Every mark of the CPU kernels, in some minutes on an idle machine: `make bench-cpu ARGS='--only attention --json'`.
+bench-cpu: $(VENV)/built
+	$(BIN)/python -m fastgpt.benchmarks.cpu $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

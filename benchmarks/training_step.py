@@ -23,7 +23,6 @@ import io
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -39,17 +38,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastgpt import GPT, ops, use_backend
+from fastgpt.benchmarks.machine import OtherWork, describe_machine
 from fastgpt.benchmarks.plain import PlainGPT, plain_optimizer
 from fastgpt.config import PRESETS, GPTConfig, TrainConfig
 from fastgpt.optim import build_optimizer, gradients
 
 PRESET_NAMES = ("shakespeare-cpu", "shakespeare")
 VOCAB_SIZE = 65  # symbols of Tiny Shakespeare
-LOSS_TOLERANCE = 1e-5  # nats
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # nats
 CHECKED_STEPS = 3
 WARMUP_STEPS = 3
 SAMPLE_SECONDS = 1.0
-QUIET_LOAD = 0.5  # one-minute load average above which another program is taken to be running
 FEWEST_ROUNDS = 7  # below that a median is no figure to quote
 
 FASTGPT_TORCH, FASTGPT_REFERENCE = "fastgpt torch", "fastgpt reference"
@@ -70,13 +69,14 @@ Batch = tuple[Tensor, Tensor]  # tokens and targets, both (B, T)
 
 @dataclasses.dataclass(frozen=True)
 class Competitor:
-    """A model with what updates it; ``scope`` is entered around its steps."""
+    """A model with what updates it; ``scope`` is entered around its steps, autocast to ``dtype`` around its forward."""
 
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
     clip: Callable[[], Any]
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    dtype: torch.dtype = torch.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,33 +117,34 @@ def main() -> None:
         f"load average {machine['load_before']:.2f}",
         highlight=False,
     )
-    if machine["load_before"] > QUIET_LOAD:
-        console.print(
-            f"Warning: load average {machine['load_before']:.2f} before the start is above {QUIET_LOAD}: another "
-            "program is running, or was within the last minute, and these figures are not to be relied on.",
-            style="bold yellow",
-        )
     if args.rounds < FEWEST_ROUNDS:
         console.print(f"Warning: medians of fewer than {FEWEST_ROUNDS} rounds are no figures.", style="bold yellow")
     results = []
+    others = OtherWork()
     for preset in args.preset:
-        result = measure(preset, args.batch_size, args.dropout, args.rounds, args.nanogpt)
+        result = measure(preset, args.batch_size, args.dropout, args.rounds, others, args.nanogpt)
         report(console, result)
         results.append(result)
     machine["load_after"] = os.getloadavg()[0]
+    machine["others_cores"] = others.cores
     console.print(
-        f"Load average after: {machine['load_after']:.2f} (this program's own work is in it)", highlight=False
+        f"Load average after: {machine['load_after']:.2f} (this program's own work is in it). {others}",
+        highlight=False,
+        style="bold yellow" if others.busy else None,
     )
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
-def measure(preset: str, batch_size: int, dropout: float, rounds: int, nanogpt: Path | None = None) -> dict[str, Any]:
+def measure(
+    preset: str, batch_size: int, dropout: float, rounds: int, others: OtherWork, nanogpt: Path | None = None
+) -> dict[str, Any]:
     """Check that the competitors agree, then time them.
 
     Args:
         preset: one of ``PRESET_NAMES``; the batch size and the dropout given replace its own.
         rounds: samples of each competitor.
+        others: counts what other programs do while they are taken.
         nanogpt: a checkout of nanoGPT; None leaves it out.
     Returns:
         What ``--json`` writes for a preset: settings, every competitor's samples with their medians, and the ratios.
@@ -161,9 +162,10 @@ def measure(preset: str, batch_size: int, dropout: float, rounds: int, nanogpt: 
     check_losses(competitors, batches)
     steps = _warm_up(competitors, batches)
     samples: dict[str, list[Sample]] = {competitor.name: [] for competitor in competitors}
-    for order in balanced_orders(len(competitors), rounds):
-        for index in order:
-            samples[competitors[index].name].append(take_sample(competitors[index], batches, steps))
+    with others:
+        for order in balanced_orders(len(competitors), rounds):
+            for index in order:
+                samples[competitors[index].name].append(take_sample(competitors[index], batches, steps))
     tokens = batch_size * config.block_size
     return {
         "preset": preset,
@@ -183,15 +185,15 @@ def build_competitors(config: GPTConfig, train: TrainConfig, nanogpt: Path | Non
     torch.manual_seed(train.seed)
     weights = GPT(config).state_dict()
     competitors = [
-        _fastgpt(FASTGPT_TORCH, "torch", config, train, weights),
-        _plain(PLAIN_FUSED, PlainGPT(config, "fused"), train, weights),
-        _fastgpt(FASTGPT_REFERENCE, "reference", config, train, weights),
-        _plain(PLAIN_NAIVE, PlainGPT(config, "naive"), train, weights),
+        fastgpt_competitor(FASTGPT_TORCH, "torch", config, train, weights),
+        plain_competitor(PLAIN_FUSED, PlainGPT(config, "fused"), train, weights),
+        fastgpt_competitor(FASTGPT_REFERENCE, "reference", config, train, weights),
+        plain_competitor(PLAIN_NAIVE, PlainGPT(config, "naive"), train, weights),
     ]
     if nanogpt is not None:
-        module = _import_nanogpt(nanogpt)
-        competitors.append(_nanogpt(NANOGPT, module, config, train, weights, flash=True))
-        competitors.append(_nanogpt(NANOGPT_UNFUSED, module, config, train, weights, flash=False))
+        module = import_nanogpt(nanogpt)
+        competitors.append(nanogpt_competitor(NANOGPT, module, config, train, weights, flash=True))
+        competitors.append(nanogpt_competitor(NANOGPT_UNFUSED, module, config, train, weights, flash=False))
     return competitors
 
 
@@ -217,7 +219,7 @@ def check_losses(competitors: list[Competitor], batches: list[Batch]) -> None:
         competitor.model.train()
         expected = expected or losses
         for number, (loss, wanted) in enumerate(zip(losses, expected, strict=True), start=1):
-            if not abs(loss - wanted) <= LOSS_TOLERANCE:  # a NaN differs, too
+            if not abs(loss - wanted) <= LOSS_TOLERANCE[competitor.dtype]:  # a NaN differs, too
                 raise SystemExit(
                     f"Nothing was timed: at step {number} the loss of {competitor.name} is {loss:.7f} where that of "
                     f"{competitors[0].name} is {wanted:.7f}, so they do not compute the same thing."
@@ -227,7 +229,8 @@ def check_losses(competitors: list[Competitor], batches: list[Batch]) -> None:
 def step(competitor: Competitor, batch: Batch) -> tuple[Tensor, float]:
     """One training step: its loss, and the seconds that forward and backward took of it."""
     start = time.perf_counter()
-    _, loss = competitor.model(*batch)
+    with torch.autocast("cpu", competitor.dtype, enabled=competitor.dtype != torch.float32):
+        _, loss = competitor.model(*batch)
     loss.backward()
     forward_backward = time.perf_counter() - start
     competitor.clip()
@@ -259,22 +262,6 @@ def balanced_orders(count: int, rounds: int) -> Iterator[list[int]]:
         yield [(index + number) % count for index in first]
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the figures depend on, with the load average (runnable processes, mean of the last minute)."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "cpu": cpu or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def report(console: Console, result: dict[str, Any]) -> None:
     """Print the two tables of a preset."""
     title = (
@@ -299,7 +286,9 @@ def report(console: Console, result: dict[str, Any]) -> None:
     console.print(times, ratios)
 
 
-def _fastgpt(name: str, backend: str, config: GPTConfig, train: TrainConfig, weights: dict[str, Tensor]) -> Competitor:
+def fastgpt_competitor(
+    name: str, backend: str, config: GPTConfig, train: TrainConfig, weights: dict[str, Tensor]
+) -> Competitor:
     model = GPT(config)
     model.load_state_dict(weights)
     return Competitor(
@@ -311,7 +300,7 @@ def _fastgpt(name: str, backend: str, config: GPTConfig, train: TrainConfig, wei
     )
 
 
-def _plain(
+def plain_competitor(
     name: str,
     model: nn.Module,
     train: TrainConfig,
@@ -323,7 +312,7 @@ def _plain(
     return Competitor(name, model, build(model, train), lambda: nn.utils.clip_grad_norm_(parameters, train.grad_clip))
 
 
-def _import_nanogpt(checkout: Path) -> ModuleType:
+def import_nanogpt(checkout: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     assert spec is not None
     assert spec.loader is not None
@@ -333,7 +322,7 @@ def _import_nanogpt(checkout: Path) -> ModuleType:
     return module
 
 
-def _nanogpt(
+def nanogpt_competitor(
     name: str, module: ModuleType, config: GPTConfig, train: TrainConfig, weights: dict[str, Tensor], *, flash: bool
 ) -> Competitor:
     """nanoGPT's model and optimizer; it knows the exact GELU and tied weights only, as our presets here have them."""
@@ -346,7 +335,7 @@ def _nanogpt(
         with contextlib.redirect_stdout(io.StringIO()):
             return model.configure_optimizers(train.weight_decay, train.lr, (train.beta1, train.beta2), "cpu")
 
-    competitor = _plain(name, model, train, weights, build)
+    competitor = plain_competitor(name, model, train, weights, build)
     for block in model.transformer.h:
         block.attn.flash = flash
         if not flash:  # what its own constructor does on a PyTorch without scaled_dot_product_attention

@@ -61,14 +61,17 @@ class Entry:
     """One cell of the table: how one backend runs an op, and what it takes.
 
     ``fn`` is a function of the op's arguments, or the ``Kernels`` that the op's own ``autograd.Function`` puts
-    together. ``limit`` gets the op's arguments and returns why they are out of reach, or None. ``note`` is a sentence
-    about the entry that ``explain`` prints, ``hint`` one that is added to the reason where it does not take a device.
+    together. ``limit`` gets the op's arguments and returns why they are out of reach, or None; ``yields`` gets them and
+    says whether "auto" leaves them to the next backend of its order, which was measured to be faster. ``note`` is a
+    sentence about the entry that ``explain`` prints, ``hint`` one that is added to the reason where it does not take a
+    device.
     """
 
     fn: Callable[..., Any] | Kernels
     device_types: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = _HALF_AND_SINGLE
     limit: Callable[..., str | None] | None = None
+    yields: Callable[..., bool] | None = None
     note: str = ""
     hint: str = ""
 
@@ -203,7 +206,10 @@ def resolve(op: str, backend: str | None, *args: Any) -> Entry:
     Raises:
         ValueError: an unknown backend, or one that cannot run this op here, with the reason.
     """
-    x = _leading_tensor(args)
+    return _resolve(op, backend, args, _leading_tensor(args))
+
+
+def _resolve(op: str, backend: str | None, args: tuple[Any, ...], x: torch.Tensor) -> Entry:
     name = current_choice().get(op, AUTO) if backend is None else backend
     if name != AUTO:
         _check_backend(name, op)
@@ -211,10 +217,16 @@ def resolve(op: str, backend: str | None, *args: Any) -> Entry:
         if reason is not None:
             raise ValueError(f"{op}: backend {name!r} cannot run here: {reason}")
         return _table[op][name]
+    chosen = None
     for candidate in PREFERRED.get(x.device.type, ()):
         if reason_against(op, candidate, x.device.type, x.dtype, args) is None:
-            return _table[op][candidate]
-    raise ValueError(f"{op}: no backend takes {_dtype_name(x.dtype)} tensors on device {x.device.type!r} here")
+            entry = _table[op][candidate]
+            if entry.yields is None or not entry.yields(*args):
+                return entry
+            chosen = chosen or entry
+    if chosen is None:
+        raise ValueError(f"{op}: no backend takes {_dtype_name(x.dtype)} tensors on device {x.device.type!r} here")
+    return chosen
 
 
 def run(op: str, backend: str | None, *args: Any, on_kernels: Callable[..., Any] | None = None) -> Any:
@@ -222,13 +234,13 @@ def run(op: str, backend: str | None, *args: Any, on_kernels: Callable[..., Any]
 
     ``on_kernels`` takes the ``Kernels`` of a kernel backend, and then ``args``.
     """
-    fn = resolve(op, backend, *args).fn
-    device_type = _leading_tensor(args).device.type
+    x = _leading_tensor(args)
+    fn = _resolve(op, backend, args, x).fn
     if isinstance(fn, Kernels):
         assert on_kernels is not None
         fn, args = on_kernels, (fn, *args)
-    if torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
             return fn(*args)
     return fn(*args)
 
@@ -337,8 +349,10 @@ def _register_cpp() -> None:
     if missing is not None:
         mark_absent("cpp", missing)
         return
+    in_place = {"adamw_": (0, 2, 3), "clip_grad_norm_": (0,)}
     for op in OPS:
-        register("cpp", op, Entry(_on_kernels(op, extension.op), ("cpu",), note=f"{extension.isa()} kernels"))
+        fn = extension.op_in_place(op, in_place[op]) if op in in_place else _on_kernels(op, extension.op)
+        register("cpp", op, Entry(fn, ("cpu",), note=f"{extension.isa()} kernels"))
 
 
 _register_triton()

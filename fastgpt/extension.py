@@ -45,6 +45,20 @@ def op(name: str) -> Callable[..., Any]:
     return kernel_ops.op(NAMESPACE, name)
 
 
+def op_in_place(name: str, changed: tuple[int, ...]) -> Callable[..., Any]:
+    """The dispatcher op, and then a word to autograd, which the library cannot say, that the lists ``changed`` have."""
+    run = op(name)
+
+    def run_and_tell(*args: Any) -> Any:
+        result = run(*args)
+        if not torch.compiler.is_compiling():
+            for at in changed:
+                torch.autograd.graph.increment_version(args[at])
+        return result
+
+    return run_and_tell
+
+
 def isa() -> str:
     """The instruction set whose kernels run here: "baseline", "avx2", "avx512" or "avx512_bf16"."""
     return _cpu().fastgpt_isa().decode()

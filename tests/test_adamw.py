@@ -94,7 +94,7 @@ def test_obeys_the_error_rule_over_several_steps(backend: str, dtype: torch.dtyp
     check_in_place(adamw_, backend, peer, state(SIZES, dtype), **{**DEFAULTS, "eps": 1e-6, **options})
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "auto"])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_half_precision_parameters_keep_fp32_means(backend: str, dtype: torch.dtype) -> None:
     lists = state(SIZES, dtype, state_dtype=F32)
@@ -178,12 +178,97 @@ def test_takes_lists_of_any_strides_or_refuses_them(
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "auto"])
 def test_leaves_what_lies_between_strided_elements_alone(backend: str) -> None:
     lists = state([(6, 8)])
     lists["params"] = [with_gaps(lists["params"][0])]
     adamw_(**lists, backend=backend, **DEFAULTS)
     assert (lists["params"][0]._base[..., 1] == 9).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("state_dtype", [F32, BF16])
+def test_cpp_cuts_large_tensors_into_blocks(threads: int, state_dtype: torch.dtype) -> None:
+    sizes = [(3, 8192), (0,), (8191,), (8193,), (5,), (), (0, 2), (50_001,), (0,)]
+    lists = state(sizes, BF16, state_dtype)
+    lists["params"][2:4] = [x.float() for x in lists["params"][2:4]]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_in_place(adamw_, "cpp", peer, lists, **{**DEFAULTS, "eps": 1e-6})
+    finally:
+        torch.set_num_threads(before)
+
+
+def overlapping(kind: str) -> dict[str, list[Tensor]]:
+    lists = state([(4, 6), (4, 6), (6,)])
+    memory = sample(60)
+    if kind == "twice":
+        lists["params"][1] = lists["params"][0]
+    elif kind == "a mean twice":
+        lists["exp_avg_sqs"][1] = lists["exp_avgs"][0]
+    elif kind == "a gradient that is a parameter":
+        lists["grads"][0] = lists["params"][1]
+    elif kind == "one element":
+        lists["params"][:2] = [memory[:24].view(4, 6), memory[23:47].view(4, 6)]
+    elif kind == "a transposed view":
+        lists["params"][:2] = [memory[:24].view(4, 6), memory[:24].view(6, 4).t()]
+    elif kind == "far behind":
+        lists["params"] = [memory[:24].view(4, 6), memory[24:48].view(4, 6), memory[10:16]]
+    elif kind == "expanded":
+        lists["exp_avgs"][0] = sample(1, 6).expand(4, 6)
+    else:
+        lists["params"][0] = memory.as_strided((4, 6), (2, 1))
+    return lists
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "twice",
+        "a mean twice",
+        "a gradient that is a parameter",
+        "one element",
+        "a transposed view",
+        "far behind",
+        "expanded",
+        "rows that overlap",
+    ],
+)
+def test_cpp_refuses_to_change_memory_twice(kind: str) -> None:
+    lists = overlapping(kind)
+    before = [x.clone() for x in lists["params"]]
+    step, lr = torch.ones((), device=DEVICE), torch.ones((), device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"adamw_: .* must not overlap"):
+        ops.adamw_(**lists, step=step, **{**DEFAULTS, "lr": lr}, backend="cpp")
+    for x, old in zip(lists["params"], before, strict=True):
+        assert torch.equal(x, old)
+
+
+def test_cpp_takes_neighbours_and_gradients_that_overlap() -> None:
+    lists, wanted = state([(4, 6), (4, 6), (4, 6)]), state([(4, 6), (4, 6), (4, 6)])
+    columns = sample(4, 18)
+    lists["params"] = [columns[:, :6], columns[:, 6:12], columns[:, 12:]]
+    wanted["params"] = [x.clone() for x in lists["params"]]
+    lists["grads"] = [sample(1, 6).expand(4, 6)] * 3
+    wanted["grads"] = [x.clone() for x in lists["grads"]]
+    rows = torch.zeros(12, 6, device=DEVICE)
+    lists["exp_avgs"] = list(rows.split(4))
+    adamw_(**lists, backend="cpp", **DEFAULTS)
+    adamw_(**wanted, backend="reference", **DEFAULTS)
+    for got, expected in zip(lists["params"], wanted["params"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton", "cpp"])
+def test_tells_autograd_what_it_changed(backend: str) -> None:
+    """PyTorch's own fused AdamW, the torch backend's, does not."""
+    lists = state([(5, 3)])
+    before = {name: tensors[0]._version for name, tensors in lists.items()}
+    step, lr = torch.ones((), device=DEVICE), torch.ones((), device=DEVICE)
+    ops.adamw_(*lists.values(), step, lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, backend=backend)
+    changed = {name for name, tensors in lists.items() if tensors[0]._version > before[name]}
+    assert changed == {"params", "exp_avgs", "exp_avg_sqs"}
 
 
 @pytest.mark.parametrize("step", [1, 2, 10, 1000, 1_000_000])

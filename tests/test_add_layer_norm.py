@@ -64,6 +64,8 @@ def stream_inputs(
         ((7, 65), F16, None, F32, True, 0.5),
         ((6, 257), BF16, F32, None, True, 0.5),
         ((5, 96), F32, BF16, None, True, 0.5),
+        ((5, 134), BF16, F16, None, True, 0.5),
+        ((3, 1031), BF16, None, F32, True, 0.5),
         ((33, 96), F32, None, None, True, 0.5),
         ((9, 128), BF16, F32, F32, True, 4.0),
         ((0, 32), BF16, F32, F32, True, 0.5),
@@ -119,6 +121,24 @@ def test_is_dropout_then_addition_then_layer_norm(backend: str) -> None:
     torch.testing.assert_close(residual_out, total, rtol=1e-6, atol=1e-6)
     wanted = ops.layer_norm(total, inputs["weight"], inputs["bias"], backend=backend)
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_cpp_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    inputs = stream_inputs(333, 258, dtype=dtype)
+    upstream = sample(333, 258, dtype=dtype), sample(333, 258, dtype=dtype)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        seed = torch.tensor([7], device=DEVICE)
+        outputs = ops.add_layer_norm(**leaves, dropout_p=0.2, seed=seed, backend="cpp")
+        torch.autograd.backward(outputs, upstream)
+        results.append([*outputs, *(x.grad for x in leaves.values())])
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 5, 63), (7, 64), (0, 32)])

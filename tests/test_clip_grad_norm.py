@@ -107,6 +107,39 @@ def test_scales_strided_gradients_in_place(backend: str) -> None:
     assert (wide[:, ::2].abs() < before[:, ::2].abs()).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tells_autograd_what_it_changed(backend: str) -> None:
+    grad = sample(5)
+    before = grad._version
+    ops.clip_grad_norm_([grad], 0.1, backend=backend)
+    assert grad._version > before
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_cpp_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    sizes = [(3, 8192), (0,), (8191,), (8193,), (5,), (), (0, 2), (50_001,), (0,)]
+    grads = gradients(dtype, sizes)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        copies = [grad.clone() for grad in grads]
+        results.append([ops.clip_grad_norm_(copies, 1.0, backend="cpp"), *copies])
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+    check_in_place(ops.clip_grad_norm_, "cpp", peer, {"grads": grads}, max_norm=1.0)
+
+
+def test_cpp_refuses_to_change_memory_twice() -> None:
+    memory = sample(30)
+    for grads in ([memory, memory], [memory[:16], memory[15:]], [memory[:1].expand(4)]):
+        before = memory.clone()
+        with pytest.raises(RuntimeError, match=r"clip_grad_norm_: .* must not overlap"):
+            ops.clip_grad_norm_(grads, 1e-3, backend="cpp")
+        assert torch.equal(memory, before)
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])
 def test_reference_is_pytorch_in_float64(max_norm: float) -> None:
     grads = gradients(F64)

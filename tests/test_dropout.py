@@ -175,6 +175,16 @@ def test_elements_count_in_logical_order_whatever_the_strides(backend: str) -> N
         check(ops.dropout, backend, peer, {"x": x}, p=0.4, seed=seed_tensor(17))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_cpp_drops_the_same_elements_on_any_number_of_threads(threads: int) -> None:
+    x, seed = sample(7, 9001), seed_tensor(23)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    y = ops.dropout(x, 0.2, seed=seed, backend="cpp")
+    torch.set_num_threads(before)
+    assert torch.equal(y != 0, reference.dropout_mask((7, 9001), 0.2, seed))
+
+
 @pytest.mark.parametrize("shape", [(), (7, 63)])
 def test_reference_is_pytorch_in_float64(shape: tuple[int, ...]) -> None:
     check_reference(ops.dropout, peer, {"x": sample(*shape)}, p=0.3, seed=seed_tensor(2))

@@ -33,6 +33,7 @@ def peer(x: Tensor, scale: float = 1.0, is_causal: bool = False) -> Tensor:
         ((2, 3, 64), F16, 1.0, False),
         ((4, 257), BF16, 0.3, False),
         ((2, 5000), F32, 1.0, False),
+        ((2, 70001), BF16, 0.5, False),
         ((1, 1), F32, 1.0, True),
         ((2, 3, 8, 8), BF16, 0.25, True),
         ((2, 2, 63, 63), F32, 0.125, True),

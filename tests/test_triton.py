@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,10 @@ import pytest
 import torch
 from conftest import INTERPRETING
 from error_rule import DEVICE, check, sample
-from torch import Tensor
 
 import fastgpt.triton_kernels
 from fastgpt import GPT, GPTConfig, dispatch, ops, use_backend
 from fastgpt.optim import AdamW, gradients
-from fastgpt import kernel_ops
 from fastgpt.triton_kernels import library
 
 F32, F16 = torch.float32, torch.float16
@@ -33,148 +30,6 @@ HERE = Path(fastgpt.triton_kernels.__file__).parent
 KERNEL_FILES = sorted({*library._FILES.values(), "column_sum"})
 
 in_the_interpreter = pytest.mark.skipif(not INTERPRETING, reason="counts launches in Triton's interpreter")
-
-
-def seed(value: int = 7) -> Tensor:
-    return torch.tensor([value], device=DEVICE)
-
-
-def norm_stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    _, mean, rstd = library.op("layer_norm_fwd")(x, torch.ones(x.shape[-1], device=DEVICE), None, 1e-5)
-    return mean, rstd
-
-
-def op_calls() -> dict[str, tuple[Any, ...]]:
-    """Arguments for every dispatcher op."""
-    x, dy, weight, bias = sample(6, 20), sample(6, 20), sample(20), sample(20)
-    mean, rstd = norm_stats(x)
-    q, k, v, do = (sample(2, 2, 9, 16) for _ in range(4))
-    qkv, packed_do = sample(2, 9, 3, 2, 16), sample(2, 9, 2, 16)
-    options = (True, 0.2, 0.25, torch.tensor([9, 4], dtype=torch.int32, device=DEVICE), seed())
-    o, lse = library.op("attention_fwd")(q, k, v, *options)
-    packed_o, packed_lse = library.op("attention_qkvpacked_fwd")(qkv, *options)
-    y = library.op("softmax_fwd")(x, 0.5, True)
-    targets = torch.tensor([0, 19, -100, 7, 7, 1], device=DEVICE)
-    loss, stats, inverse_count, dlogits = library.op("cross_entropy_fwd")(x, targets, -100, True)
-    lists = [[sample(5, 3), sample(7)] for _ in range(2)] + [[torch.rand(5, 3), torch.rand(7)] for _ in range(2)]
-    lists = [[x.to(DEVICE) for x in tensors] for tensors in lists]
-    step, lr = torch.tensor(2.0, device=DEVICE), torch.tensor(0.1, device=DEVICE)
-    return {
-        "attention_fwd": (q, k, v, *options),
-        "attention_bwd": (do, q, k, v, o, lse, *options),
-        "attention_qkvpacked_fwd": (qkv, *options),
-        "attention_qkvpacked_bwd": (packed_do, qkv, packed_o, packed_lse, *options),
-        "softmax_fwd": (x, 0.5, True),
-        "softmax_bwd": (dy, y, 0.5, True),
-        "layer_norm_fwd": (x, weight, bias, 1e-5),
-        "layer_norm_bwd": (dy, x, weight, mean, rstd),
-        "add_layer_norm_fwd": (x, dy, weight, bias, 0.2, 1e-5, seed()),
-        "add_layer_norm_bwd": (dy, x, x, weight, mean, rstd, 0.2, seed(), F32, F32),
-        "gelu_fwd": (x, bias, "tanh"),
-        "gelu_bwd": (dy, x, bias, "none"),
-        "cross_entropy_fwd": (x, targets, -100, True),
-        "cross_entropy_bwd": (loss, x, targets, -100, stats, inverse_count),
-        "scale_gradient_": (dlogits, loss),
-        "linear_cross_entropy_fwd": (x, sample(33, 20), targets, -100, True),
-        "dropout_fwd": (x, 0.2, seed()),
-        "dropout_bwd": (dy, 0.2, seed()),
-        "adamw_": (*lists, step, lr, [0.9, 0.99], 1e-8, 0.1),
-        "clip_grad_norm_": (lists[1], 0.5),
-    }
-
-
-# The dispatcher ops
-
-
-def test_every_op_has_its_case_here() -> None:
-    assert set(op_calls()) == set(kernel_ops.SCHEMAS)
-
-
-@pytest.mark.parametrize("name", kernel_ops.SCHEMAS)
-def test_opcheck(name: str) -> None:
-    """Schema, aliasing, fake and AOT dispatch agree with what the kernels do (their autograd is in ops/)."""
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(library.op(name), op_calls()[name], test_utils=checks)
-
-
-@pytest.mark.parametrize("name", kernel_ops.SCHEMAS)
-@pytest.mark.parametrize("with_optional", [True, False])
-def test_fakes_have_the_strides_of_the_results(name: str, with_optional: bool) -> None:
-    """Also where options are left out, rows are gone and inputs are strided."""
-    args = list(op_calls()[name])
-    if not with_optional:
-        flags = {"cross_entropy_fwd": 3, "linear_cross_entropy_fwd": 4}
-        if name in flags:
-            args[flags[name]] = False
-        if name == "add_layer_norm_bwd":
-            args[1] = args[7] = None
-            args[6] = 0.0
-        if name.startswith("gelu"):
-            args[-2] = None
-        if name.startswith("attention"):
-            args = [x.transpose(-1, -2) if type(x) is Tensor and x.dim() >= 4 and x.shape[-1] == 9 else x for x in args]
-    got = library.op(name)(*args)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake = library.op(name)(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args))
-    got, fake = ([] if r is None else [r] if isinstance(r, Tensor) else list(r) for r in (got, fake))
-    assert [(x.shape, x.stride(), x.dtype) for x in got] == [(x.shape, x.stride(), x.dtype) for x in fake]
-
-
-def runs_twice() -> dict[str, Callable[[], list[Tensor]]]:
-    """Every public op, forward and backward, on shapes of several tiles."""
-
-    def both_ways(fn: Callable[..., Any], *inputs: Tensor) -> Callable[[], list[Tensor]]:
-        def run() -> list[Tensor]:
-            leaves = [x.detach().clone().requires_grad_() for x in inputs]
-            outputs = fn(*leaves)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            upstream = [torch.linspace(-1, 2, y.numel(), device=DEVICE).view(y.shape) for y in outputs]
-            return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
-
-        return run
-
-    def in_place(fn: Callable[..., Any], *lists: list[Tensor]) -> Callable[[], list[Tensor]]:
-        def run() -> list[Tensor]:
-            own = [[x.clone() for x in tensors] for tensors in lists]
-            result = fn(*own)
-            return [x for tensors in own for x in tensors] + ([] if result is None else [result])
-
-        return run
-
-    targets = torch.randint(130, (40,), device=DEVICE)
-    one = torch.tensor(1.0, device=DEVICE)
-    lists = [[sample(70, 90), sample(33)] for _ in range(4)]
-    lists[3] = [x.abs() for x in lists[3]]
-    drop = {"dropout_p": 0.2, "seed": seed()}
-    return {
-        "attention": both_ways(lambda *qkv: ops.attention(*qkv, **drop), *(sample(1, 2, 70, 24) for _ in range(3))),
-        "attention_qkvpacked": both_ways(lambda x: ops.attention_qkvpacked(x, **drop), sample(1, 70, 3, 2, 16)),
-        "softmax": both_ways(lambda x: ops.softmax(x, is_causal=True), sample(2, 60, 50)),
-        "layer_norm": both_ways(ops.layer_norm, sample(100, 130), sample(130), sample(130)),
-        "add_layer_norm": both_ways(
-            lambda *x: ops.add_layer_norm(*x, **drop), sample(100, 130), sample(100, 130), sample(130), sample(130)
-        ),
-        "gelu": both_ways(ops.gelu, sample(100, 130), sample(130)),
-        "cross_entropy": both_ways(lambda x: ops.cross_entropy(x, targets), sample(40, 130)),
-        "linear_cross_entropy": both_ways(
-            lambda *x: ops.linear_cross_entropy(*x, targets), sample(40, 16), sample(130, 16)
-        ),
-        "dropout": both_ways(lambda x: ops.dropout(x, 0.3, seed=seed()), sample(50, 90)),
-        "adamw_": in_place(
-            lambda *x: ops.adamw_(*x, one, lr=one, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1), *lists
-        ),
-        "clip_grad_norm_": in_place(lambda x: ops.clip_grad_norm_(x, 1.0), lists[0]),
-    }
-
-
-@pytest.mark.parametrize("op", dispatch.OPS)
-def test_two_runs_are_equal_to_the_last_bit(op: str) -> None:
-    run = runs_twice()[op]
-    with use_backend("triton"):
-        first, second = run(), run()
-    assert len(first) > 0
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
 
 
 # Edges
@@ -203,7 +58,14 @@ def test_attention_in_blocks_other_than_the_interpreters(dtype: torch.dtype) -> 
         options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
         launch._forced.update(dict.fromkeys(names, options))
         try:
-            check(ops.attention, "triton", peer, heads(1, 1, 70, 90, 24, dtype=dtype), dropout_p=0.2, seed=seed())
+            check(
+                ops.attention,
+                "triton",
+                peer,
+                heads(1, 1, 70, 90, 24, dtype=dtype),
+                dropout_p=0.2,
+                seed=torch.tensor([7], device=DEVICE),
+            )
         finally:
             launch._forced.clear()
             launch._forced.update(before)
@@ -251,9 +113,8 @@ def test_the_backward_of_a_loss_may_be_run_twice() -> None:
 
 def test_the_gradient_of_a_gradient_is_refused() -> None:
     x = sample(3, 8).requires_grad_()
-    (dx,) = torch.autograd.grad(ops.softmax(x, backend="triton").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    with pytest.raises(RuntimeError, match="kernels have no second derivative"):
+        torch.autograd.grad(ops.softmax(x, backend="triton").square().sum(), x, create_graph=True)
 
 
 def test_a_row_of_minus_infinities_is_nan_as_in_the_reference() -> None:

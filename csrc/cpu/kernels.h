@@ -26,6 +26,22 @@ struct Rows {
   int64_t stride;
 };
 
+// Dropout with probability p: an element whose random word (philox.h) lies below the threshold becomes 0, the others
+// are scaled. Nothing is dropped where the threshold is 0.
+struct Drop {
+  uint64_t seed;
+  uint32_t threshold;  // p * 2^32
+  float scale;         // 1 / (1 - p)
+};
+
+struct Dropout {
+  const void* x;  // (n,), contiguous: the input, or the gradient of the output
+  void* y;        // (n,)
+  int64_t n;
+  Drop drop;
+  Dtype dtype;
+};
+
 struct LayerNormFwd {
   Rows x;              // (M, N)
   const void* weight;  // (N,)
@@ -54,6 +70,221 @@ struct LayerNormBwd {
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
+// A (batch, nheads, seqlen, headdim) tensor in any layout that keeps a head's row together.
+struct Heads {
+  void* data;
+  int64_t stride_b, stride_h, stride_t;
+};
+
+struct AttentionShape {
+  int64_t B, H, Tq, Tk, D;
+};
+
+struct AttentionFwd {
+  AttentionShape shape;
+  Heads q, k, v, o;
+  float* lse;                // (B, H, Tq); +inf for a query that sees no key
+  const int32_t* seqlens_k;  // (B,), or null
+  Drop drop;
+  float scale;
+  bool is_causal;
+  Dtype dtype;
+};
+
+struct AttentionBwd {
+  AttentionShape shape;
+  Heads dout, q, k, v, o, dq, dk, dv;
+  const float* lse;
+  const int32_t* seqlens_k;
+  Drop drop;
+  float* dq_partial;  // (B, H, attention_splits(shape), Tq, D), or null where that is 1
+  float scale;
+  bool is_causal;
+  Dtype dtype;
+};
+
+// Into how many ranges of keys the backward cuts a head, so that few heads keep many threads busy: by shape alone, so
+// that sums are the same on any number of threads.
+inline int64_t attention_splits(const AttentionShape& s) {
+  const int64_t heads = s.B * s.H, blocks = (s.Tk + 255) / 256, wanted = heads < 32 ? 32 / (heads < 1 ? 1 : heads) : 1;
+  return blocks < 1 ? 1 : blocks < wanted ? blocks : wanted;
+}
+
+struct GeluFwd {
+  Rows x;            // (M, N)
+  const void* bias;  // (N,), or null
+  void* y;           // (M, N), contiguous
+  int64_t M, N;
+  Dtype dtype;       // of x and y
+  Dtype bias_dtype;  // dtype, or fp32
+  bool tanh;         // the approximation
+};
+
+struct GeluBwd {
+  Rows dy;  // (M, N)
+  Rows x;   // (M, N)
+  const void* bias;
+  void* dx;        // (M, N), contiguous
+  void* dbias;     // (N,), untouched where there is no bias
+  float* partial;  // (row_blocks(M), N): each block's share of dbias
+  int64_t M, N;
+  Dtype dtype;
+  Dtype bias_dtype;  // of bias and dbias
+  bool tanh;
+};
+
+struct SoftmaxFwd {
+  Rows x;   // (M, N)
+  void* y;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;  // rows of one causal matrix, or 0 where nothing is masked
+  float scale;
+  Dtype dtype;
+};
+
+struct SoftmaxBwd {
+  Rows dy;   // (M, N)
+  Rows y;    // (M, N)
+  void* dx;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;
+  float scale;
+  Dtype dtype;
+};
+
+struct CrossEntropyFwd {
+  Rows logits;             // (M, V)
+  const int64_t* targets;  // (M,)
+  void* dlogits;           // (M, V), contiguous, or null; may be the logits themselves
+  float* losses;           // (M,), 0 where the target is ignore_index
+  float* stats;            // (2, M): the row's maximum, and the logarithm of the sum of exponentials below it
+  int64_t M, V;
+  int64_t ignore_index;
+  float grad_scale;  // what the gradient of the sum of losses is multiplied by
+  Dtype dtype;
+};
+
+struct CrossEntropyBwd {
+  Rows logits;             // (M, V)
+  const int64_t* targets;  // (M,)
+  void* dlogits;           // (M, V), contiguous
+  const float* stats;      // (2, M)
+  int64_t M, V;
+  int64_t ignore_index;
+  float grad_scale;
+  Dtype dtype;
+};
+
+struct ScaleGradient {
+  void* gradient;  // (n,), changed
+  int64_t n;
+  float factor;
+  Dtype dtype;
+};
+
+struct AddScaled {
+  float* total;      // (n,), added to
+  const void* part;  // (n,)
+  int64_t n;
+  float factor;
+  bool first;   // total has no value yet
+  Dtype dtype;  // of part
+};
+
+enum class MathFunction : int32_t { exp, log, tanh, erf };
+
+struct Math {
+  const float* x;  // (n,)
+  float* y;        // (n,)
+  int64_t n;
+  MathFunction function;
+};
+
+// dropout(x) + residual, and its layer norm. The stream is what residual and residual_out are kept in: x's dtype, or
+// fp32. `scratch` is fp32: N elements for weight, N for bias, and N for each of row_blocks(M).
+struct AddLayerNormFwd {
+  Rows x;         // (M, N)
+  Rows residual;  // (M, N)
+  const void* weight;
+  const void* bias;
+  void* y;             // (M, N), contiguous
+  void* residual_out;  // (M, N), contiguous
+  float* mean;
+  float* rstd;
+  float* scratch;
+  int64_t M, N;
+  float eps;
+  Drop drop;
+  Dtype dtype;         // of x and y
+  Dtype stream_dtype;  // of residual and residual_out
+  Dtype weight_dtype;  // of weight and bias
+};
+
+struct AddLayerNormBwd {
+  Rows dy;             // (M, N)
+  Rows dresidual_out;  // (M, N), or null where the stream ends
+  Rows residual_out;   // (M, N)
+  const void* weight;
+  const float* mean;
+  const float* rstd;
+  void* dx;         // (M, N), contiguous; null where it would be dresidual
+  void* dresidual;  // (M, N), contiguous
+  void* dweight;
+  void* dbias;
+  float* partial;  // (row_blocks(M), 2, N)
+  float* scratch;  // (N,): weight in fp32
+  int64_t M, N;
+  Drop drop;
+  Dtype dtype;         // of dy and dx
+  Dtype stream_dtype;  // of residual_out and both gradients of the stream
+  Dtype weight_dtype;  // of weight, dweight and dbias
+};
+
+// A contiguous tensor of a list.
+struct ListedTensor {
+  void* data;
+  Dtype dtype;
+};
+
+// Tensors are cut into blocks of this many elements, so that a list is one range of work, cut by sizes alone.
+constexpr int64_t kListBlock = 8192;
+
+inline int64_t list_blocks(int64_t numel) { return (numel + kListBlock - 1) / kListBlock; }
+
+// One parameter and what belongs to it.
+struct AdamwItem {
+  ListedTensor param, grad, exp_avg, exp_avg_sq;
+  int64_t numel;
+  int64_t first_block;  // how many blocks the items before this one have
+};
+
+struct Adamw {
+  const AdamwItem* items;
+  int64_t count;
+  int64_t blocks;     // of all items
+  float kept;         // 1 - lr * weight_decay
+  float step_size;    // lr / (1 - beta1^step)
+  float root_factor;  // 1 / sqrt(1 - beta2^step)
+  float beta1, beta2;
+  float rest1, rest2;  // 1 - beta
+  float eps;
+};
+
+struct ClipItem {
+  ListedTensor grad;
+  int64_t numel;
+  int64_t first_block;
+};
+
+struct ClipGradNorm {
+  const ClipItem* items;
+  int64_t count;
+  int64_t blocks;
+  float* partial;  // (blocks,): each block's sum of squares
+  float* norm;     // ()
+  float max_norm;
+};
+
 // Into how many blocks a kernel cuts M rows whose shares of a sum over rows it keeps apart: by M alone, so that sums
 // are the same on any number of threads.
 inline int64_t row_blocks(int64_t M) {
@@ -63,8 +294,24 @@ inline int64_t row_blocks(int64_t M) {
 
 struct Kernels {
   const char* isa;
+  void (*attention_fwd)(const Pool&, const AttentionFwd&);
+  void (*attention_bwd)(const Pool&, const AttentionBwd&);
   void (*layer_norm_fwd)(const Pool&, const LayerNormFwd&);
   void (*layer_norm_bwd)(const Pool&, const LayerNormBwd&);
+  void (*gelu_fwd)(const Pool&, const GeluFwd&);
+  void (*gelu_bwd)(const Pool&, const GeluBwd&);
+  void (*softmax_fwd)(const Pool&, const SoftmaxFwd&);
+  void (*softmax_bwd)(const Pool&, const SoftmaxBwd&);
+  void (*cross_entropy_fwd)(const Pool&, const CrossEntropyFwd&);
+  void (*cross_entropy_bwd)(const Pool&, const CrossEntropyBwd&);
+  void (*scale_gradient)(const Pool&, const ScaleGradient&);
+  void (*add_scaled)(const Pool&, const AddScaled&);
+  void (*math)(const Pool&, const Math&);
+  void (*dropout)(const Pool&, const Dropout&);
+  void (*add_layer_norm_fwd)(const Pool&, const AddLayerNormFwd&);
+  void (*add_layer_norm_bwd)(const Pool&, const AddLayerNormBwd&);
+  void (*adamw)(const Pool&, const Adamw&);
+  void (*clip_grad_norm)(const Pool&, const ClipGradNorm&);
 };
 
 // The table of the best instruction set that this processor and FASTGPT_CPU_ISA allow.

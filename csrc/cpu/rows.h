@@ -1,7 +1,8 @@
-// Sums that the kernels over rows share.
+// What the kernels over rows share: sums, and exponentials on their way to a softmax.
 
 #pragma once
 
+#include "math.h"
 #include "parallel.h"
 
 namespace fastgpt::FASTGPT_ISA {
@@ -25,15 +26,18 @@ struct Sum {
   float value() const { return sum(total + part); }
 };
 
+template <class T>
+inline void clear(T* y, int64_t N) {
+  for_each_vec(N, [&](int64_t i, int n) { store_n(y + i, Vec{}, n); });
+}
+
 struct Moments {
   float mean, variance;
 };
 
-// Mean and variance of N elements, given by `at(i, n)`: n elements from i on, 0 in the lanes beyond.
+// Mean and variance of N elements with the sum `total`, given by `at(i, n)`: n elements from i on.
 template <class F>
-inline Moments row_moments(int64_t N, const F& at) {
-  Sum total;
-  for_each_vec(N, [&](int64_t i, int n) { total.add(at(i, n)); });
+inline Moments row_moments(int64_t N, const Sum& total, const F& at) {
   float mean = total.value() / N;
   Sum squares, rest;
   for_each_vec(N, [&](int64_t i, int n) {
@@ -44,6 +48,14 @@ inline Moments row_moments(int64_t N, const F& at) {
   // What the first sum lost to rounding. It changes the variance by its square, which is nothing.
   mean += rest.value() / N;
   return {mean, squares.value() / N};
+}
+
+// The same where nobody has summed them; `at` gives 0 in the lanes beyond n.
+template <class F>
+inline Moments row_moments(int64_t N, const F& at) {
+  Sum total;
+  for_each_vec(N, [&](int64_t i, int n) { total.add(at(i, n)); });
+  return row_moments(N, total, at);
 }
 
 // Second stage of a sum over rows: out[j] = the sum of partial[block * stride + j] over the blocks, in their order.
@@ -59,6 +71,46 @@ inline void add_partial_sums(const Pool& pool, const float* partial, int64_t blo
       store_n(out + i, total, n);
     });
   });
+}
+
+constexpr float kInfinity = __builtin_inff();
+
+// The exponentials of a row, in fp32, while their sum is not known: in the row of results itself, or, where that is of
+// half precision, beside it, up to kHeld of them; 256 KB of the stack, of which a row touches what it needs.
+constexpr int64_t kHeld = 65536;
+
+struct HeldExponentials {
+  float* data;  // null where the row has too many
+  float buffer[kHeld];
+
+  void start(float* results, int64_t) { data = results; }
+
+  template <class T>
+  void start(T*, int64_t N) {
+    data = N <= kHeld ? buffer : nullptr;
+  }
+};
+
+struct ExponentialSum {
+  float top;    // the largest element
+  float shift;  // the same, or 0 where that is -inf: -inf - -inf is NaN
+  float total;  // the sum of exp(element - shift)
+};
+
+// Of N elements given by `at(i, n)`, with any values in the lanes beyond. The exponentials stay in `held`, if that has
+// room, which may be where the elements are.
+template <class F>
+inline ExponentialSum exponential_sum(int64_t N, const F& at, float* held) {
+  Vec tops = splat(-kInfinity);
+  for_each_vec(N, [&](int64_t i, int n) { tops = vmax(tops, keep_n(at(i, n), n, -kInfinity)); });
+  const float top = max_lane(tops), shift = top == -kInfinity ? 0.0f : top;
+  Sum sum;
+  for_each_vec(N, [&](int64_t i, int n) {
+    Vec e = keep_n(vexp(at(i, n) - shift), n, 0.0f);
+    if (held != nullptr) store_n(held + i, e, n);
+    sum.add(e);
+  });
+  return {top, shift, sum.value()};
 }
 
 }  // namespace

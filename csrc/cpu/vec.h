@@ -15,11 +15,14 @@
 
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics start from an undefined register
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics start from an undefined register
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 // GCC's address sanitizer does not see masked loads and stores (clang's does): under it lanes are moved one by one.
@@ -53,6 +56,7 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t VecU64 __attribute__((vector_size(4 * kLanes)));  // half as many lanes
 typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
 
 template <class T>
@@ -67,6 +71,8 @@ inline T max(T a, T b) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 template <class To, class From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
@@ -75,23 +81,11 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline Vec splat(float x) {
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
-
-inline VecI splat(int32_t x) {
-  VecI v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
-
-inline VecU splat(uint32_t x) {
-  VecU v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
+// x in every lane. An operation between a scalar and a vector is what compilers turn into one broadcast; this one
+// leaves every x, also -0, as it is.
+inline Vec splat(float x) { return x - Vec{}; }
+inline VecI splat(int32_t x) { return x | VecI{}; }
+inline VecU splat(uint32_t x) { return x | VecU{}; }
 
 // 0, 1, 2, ...
 inline VecI lane_ids() {
@@ -216,14 +210,19 @@ inline void store(float* p, Vec v, int n) {
 }
 
 template <class T>
-inline Vec load(const T* p, int n) {
-  VecU16 bits{};
+inline VecU16 load_bits(const T* p, int n) {
 #ifdef FASTGPT_MASKED_MEMORY
-  bits = bit_cast<VecU16>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
+  return bit_cast<VecU16>(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 #else
+  VecU16 bits{};
   for (int i = 0; i < n; ++i) bits[i] = read(p + i).bits;
+  return bits;
 #endif
-  return widen(bits, T{});
+}
+
+template <class T>
+inline Vec load(const T* p, int n) {
+  return widen(load_bits(p, n), T{});
 }
 
 template <class T>
@@ -279,9 +278,28 @@ inline Vec keep_n(Vec v, int n, float x) { return n == kLanes ? v : lane_ids() <
 // Arithmetic
 // ---------------------------------------------------------------------------------------------------------------------
 
-// NaN in either gives a NaN in none of these: x86's rule, the second operand where they do not compare.
-inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+// The second operand where they do not compare, x86's rule: NaN in b gives NaN, NaN in a does not. GCC makes a
+// comparison and a blend of the operators.
+inline Vec vmax(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline Vec vmin(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
 inline Vec vabs(Vec x) { return bit_cast<Vec>(bit_cast<VecU>(x) & 0x7fffffff); }
 
 inline Vec vsqrt(Vec x) {
@@ -307,14 +325,99 @@ inline Vec rounded(Vec x) {
   return x;
 }
 
-// Lane i gets lane i ^ distance.
-inline Vec exchange(Vec v, int distance) {
+// Lane i gets lane from[i] of a and b, b's lanes counting from kLanes on. The indices are constants once inlined.
+template <class V>
+inline V shuffle(V a, V b, VecI from) {
 #if defined(__clang__)
-  Vec r;
-  for (int i = 0; i < kLanes; ++i) r[i] = v[i ^ distance];
+  V r;
+  for (int i = 0; i < kLanes; ++i) r[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
   return r;
 #else
-  return __builtin_shuffle(v, lane_ids() ^ distance);
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+#if defined(__AVX512BF16__)
+// 2 * kLanes bf16 as kLanes pairs; the first n of them (0 <= n <= 2 * kLanes), the others 0.
+inline VecU load_pairs(const bf16* p, int n) {
+  return bit_cast<VecU>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p));
+}
+
+// sum + a's first * b's first + a's second * b's second, lane by lane.
+inline Vec dot_pairs(VecU a, VecU b, Vec sum) {
+  return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+}
+#endif
+
+// Lane i of a where bit `distance` of i is 0, else lane i ^ distance of b; and the other way round.
+template <class V>
+inline V merge_low(V a, V b, int distance) {
+  VecI i = lane_ids();
+  return shuffle(a, b, (i & distance) == 0 ? i : (i ^ distance) + kLanes);
+}
+
+template <class V>
+inline V merge_high(V a, V b, int distance) {
+  VecI i = lane_ids();
+  return shuffle(a, b, (i & distance) == 0 ? i ^ distance : i + kLanes);
+}
+
+// v[i][j] becomes v[j][i].
+template <class V>
+inline void transpose(V (&v)[kLanes]) {
+#pragma GCC unroll 4
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & distance) continue;
+      V low = merge_low(v[i], v[i + distance], distance), high = merge_high(v[i], v[i + distance], distance);
+      v[i] = low;
+      v[i + distance] = high;
+    }
+  }
+}
+
+// Lane i gets lane i ^ distance.
+inline Vec exchange(Vec v, int distance) { return shuffle(v, v, lane_ids() ^ distance); }
+
+// The product, all 64 bits of it, of the low half of each lane and b.
+inline VecU64 multiply_low(VecU64 a, uint32_t b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_mul_epu32(0xff, bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU64>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__)
+  return bit_cast<VecU64>(_mm_mul_epu32(bit_cast<__m128i>(a), _mm_set1_epi64x(b)));
+#else
+  return (a & 0xffffffff) * b;
+#endif
+}
+
+// The low half of each lane of a, then of b.
+inline VecU low_halves(VecU64 a, VecU64 b) {
+  VecI i = lane_ids();
+  return shuffle(bit_cast<VecU>(a), bit_cast<VecU>(b), 2 * i);
+}
+
+// a[0], b[0], a[2], b[2], ...
+inline VecU64 even_pairs(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_unpacklo_epi64(0xff, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU64>(_mm256_unpacklo_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return VecU64{a[0], b[0]};
+#endif
+}
+
+// a[1], b[1], a[3], b[3], ...
+inline VecU64 odd_pairs(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU64>(_mm512_maskz_unpackhi_epi64(0xff, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU64>(_mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return VecU64{a[1], b[1]};
 #endif
 }
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
+from fastgpt.ops.backward import first_derivative
 from fastgpt.ops.checks import check_device, check_dropout, check_norm, check_tensor
 from fastgpt.ops.seed import seed_for
 
@@ -75,7 +75,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return y, residual_out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         residual_out, weight, mean, rstd, seed = ctx.saved_tensors
         dy, dresidual_out = grads

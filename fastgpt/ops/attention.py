@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
 from fastgpt.ops.autocast import as_autocast
+from fastgpt.ops.backward import first_derivative
 from fastgpt.ops.checks import check_dropout, check_flag, check_like, check_number, check_seqlens, check_tensor
 from fastgpt.ops.seed import seed_for
 
@@ -112,7 +112,7 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         *saved, seqlens_k, seed = ctx.saved_tensors
         return None, *ctx.kernels.bwd(grads[0], *saved, *ctx.options, seqlens_k, seed), *[None] * 5
@@ -136,7 +136,7 @@ class _AttentionQKVPacked(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         *saved, seqlens_k, seed = ctx.saved_tensors
         return None, ctx.kernels.bwd(grads[0], *saved, *ctx.options, seqlens_k, seed), *[None] * 5

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
+from fastgpt.ops.backward import first_derivative
 from fastgpt.ops.checks import check_targets, check_tensor
 
 
@@ -52,7 +52,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         if ctx.dlogits is not None:
             # Handed out once: whoever gets it may change it, and a second backward makes another.

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
+from fastgpt.ops.backward import first_derivative
 from fastgpt.ops.checks import check_dropout, check_tensor
 from fastgpt.ops.seed import seed_for
 
@@ -46,7 +46,7 @@ class _Dropout(torch.autograd.Function):
         return kernels.fwd(x, p, seed)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (seed,) = ctx.saved_tensors
         return None, ctx.kernels.bwd(grads[0], ctx.p, seed), None, None

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
+from fastgpt.ops.backward import first_derivative
 from fastgpt.ops.checks import check_parameter, check_tensor
 
 
@@ -41,7 +41,7 @@ class _GELU(torch.autograd.Function):
         return kernels.fwd(x, bias, approximate)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, bias = ctx.saved_tensors
         dx, dbias = ctx.kernels.bwd(grads[0], x, bias, ctx.approximate)

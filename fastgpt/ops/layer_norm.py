@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
+from fastgpt.ops.backward import first_derivative
 from fastgpt.ops.checks import check_norm
 
 
@@ -40,7 +40,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         dx, dweight, dbias = ctx.kernels.bwd(grads[0], *ctx.saved_tensors)
         return None, dx, dweight, dbias if ctx.has_bias else None, None

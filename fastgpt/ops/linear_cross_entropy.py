@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
 from fastgpt.ops.autocast import as_autocast
+from fastgpt.ops.backward import first_derivative
 from fastgpt.ops.checks import check_like, check_targets, check_tensor
 
 
@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inverse_count, dx, dweight = ctx.saved_tensors
         # Where no target counts, 1 / count is infinite, the loss NaN and every gradient 0. Multiplied in fp32: a GPU

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
+from fastgpt.ops.backward import first_derivative
 from fastgpt.ops.checks import check_flag, check_number, check_tensor
 
 
@@ -43,7 +43,7 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (y,) = ctx.saved_tensors
         return None, ctx.kernels.bwd(grads[0], y, *ctx.options), None, None

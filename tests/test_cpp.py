@@ -1,0 +1,244 @@
+"""What only the cpp backend has: its threads, and the memory that it reads and writes.
+
+Its results are held to the error rule in each op's own file, with those of all backends; the vector functions that its
+kernels share are in test_cpp_math.py, its build in test_build.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from error_rule import sample
+from torch import Tensor
+
+from fastgpt import GPT, GPTConfig, dispatch, extension, ops, reference, use_backend
+from fastgpt.optim import AdamW, gradients
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def with_gradients(fn: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = fn(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [torch.linspace(-1, 2, y.numel()).view(y.shape).to(y.dtype) for y in outputs]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def changed(fn: Callable[..., Any], *lists: list[Tensor]) -> list[Tensor]:
+    own = [[x.clone() for x in tensors] for tensors in lists]
+    result = fn(*own)
+    return [x for tensors in own for x in tensors] + ([] if result is None else [result])
+
+
+def large_calls(
+    dtype: torch.dtype, place: Callable[[Tensor], Tensor] = lambda x: x
+) -> dict[str, Callable[[], list[Tensor]]]:
+    """Every op on shapes that give three threads work, in sizes that three does not divide; ``place`` lays inputs out."""
+
+    def x(*shape: int) -> Tensor:
+        return place(sample(*shape, dtype=dtype))
+
+    targets = torch.randint(1000, (301,))
+    targets[::7] = -100
+    one = torch.tensor(1.0)
+    lists = [[x(700, 90), x(33), x(129, 257)] for _ in range(4)]
+    lists[3] = [t.abs() for t in lists[3]]
+    drop = {"dropout_p": 0.2, "seed": torch.tensor([7])}
+    heads, few = [x(2, 5, 131, 24) for _ in range(3)], [x(1, 1, 700, 24) for _ in range(3)]
+    rows, row, logits = [x(401, 130), x(401, 130)], [x(130), x(130)], x(301, 1000)
+    packed, scores, flat = x(2, 131, 3, 2, 16), x(5, 131, 131), x(50001)
+    hidden, table = x(301, 16), x(1000, 16)
+    calls: dict[str, Callable[[], list[Tensor]]] = {
+        "attention": lambda: [
+            y for qkv in (heads, few) for y in with_gradients(lambda *t: ops.attention(*t, **drop), *qkv)
+        ],
+        "attention_qkvpacked": lambda: with_gradients(lambda t: ops.attention_qkvpacked(t, **drop), packed),
+        "softmax": lambda: with_gradients(lambda t: ops.softmax(t, scale=0.3, is_causal=True), scores),
+        "layer_norm": lambda: with_gradients(ops.layer_norm, rows[0], *row),
+        "add_layer_norm": lambda: with_gradients(lambda *t: ops.add_layer_norm(*t, **drop), *rows, *row),
+        "gelu": lambda: with_gradients(ops.gelu, rows[0], row[0]),
+        "cross_entropy": lambda: with_gradients(lambda t: ops.cross_entropy(t, targets), logits),
+        "linear_cross_entropy": lambda: with_gradients(lambda *t: ops.linear_cross_entropy(*t, targets), hidden, table),
+        "dropout": lambda: with_gradients(lambda t: ops.dropout(t, 0.3, seed=drop["seed"]), flat),
+        "adamw_": lambda: changed(
+            lambda *t: ops.adamw_(*t, one, lr=one, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1), *lists
+        ),
+        "clip_grad_norm_": lambda: changed(lambda t: ops.clip_grad_norm_(t, 1.0), lists[0]),
+    }
+    return calls
+
+
+# Threads
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_one_two_and_three_threads_give_the_same_bits(
+    op: str, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    run = large_calls(dtype)[op]
+    results = []
+    with use_backend("cpp"):
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(run())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# Memory
+
+
+def at_an_odd_address(x: Tensor) -> Tensor:
+    """A copy of ``x`` that starts one element behind an aligned address."""
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype)
+    return memory[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_addresses_need_no_alignment(op: str, dtype: torch.dtype) -> None:
+    results = []
+    for place in (torch.clone, at_an_odd_address):
+        torch.manual_seed(1)
+        run = large_calls(dtype, place)[op]
+        with use_backend("cpp"):
+            results.append(run())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_rows_that_are_one_row_in_memory(dtype: torch.dtype) -> None:
+    """Expanded inputs overlap themselves: fine to read, and their gradients are tensors of their own."""
+    row, weight = sample(1, 70, dtype=dtype), sample(70, dtype=dtype)
+    for op in (
+        lambda x: ops.layer_norm(x, weight, backend="cpp"),
+        lambda x: ops.softmax(x, backend="cpp"),
+        lambda x: ops.gelu(x, weight, backend="cpp"),
+        lambda x: ops.add_layer_norm(x, x, weight, backend="cpp"),
+        lambda x: ops.cross_entropy(x, torch.arange(9), backend="cpp"),
+        lambda x: ops.dropout(x, 0.2, seed=torch.tensor([1]), backend="cpp"),
+    ):
+        expanded, copied = with_gradients(op, row.expand(9, 70)), with_gradients(op, row.repeat(9, 1))
+        assert all(torch.equal(a, b) for a, b in zip(expanded, copied, strict=True))
+    heads = sample(1, 1, 9, 16, dtype=dtype)
+    q, copy = heads.expand(2, 3, 9, 16), heads.repeat(2, 3, 1, 1)
+    expanded, copied = (with_gradients(lambda *t: ops.attention(*t, backend="cpp"), x, x, x) for x in (q, copy))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, copied, strict=True))
+
+
+@pytest.mark.full
+def test_more_than_two_to_the_31_elements() -> None:
+    rows, width = 2**21 + 5, 1024
+    x = torch.zeros(rows, width, dtype=BF16)
+    x[-2:] = sample(2, width, dtype=BF16)
+    small, weight = x[-2:].clone(), sample(width, dtype=BF16)
+    targets = torch.arange(rows) % width
+    with torch.no_grad(), use_backend("cpp"):
+        for op in (ops.softmax, ops.gelu, lambda t: ops.layer_norm(t, weight)):
+            large = op(x)
+            assert torch.equal(large[-2:], op(small))
+            del large
+        mask = ops.dropout(torch.ones_like(x), 0.5, seed=torch.tensor([3]))[-1]
+        first = (rows - 1) * width
+        assert torch.equal(mask > 0, reference_mask(first, width, torch.tensor([3])))
+        loss = ops.cross_entropy(x, torch.where(torch.arange(rows) < rows - 2, -100, targets))
+        torch.testing.assert_close(loss, ops.cross_entropy(small, targets[-2:]))
+
+
+def reference_mask(first: int, count: int, seed: Tensor) -> Tensor:
+    """The mask of elements ``first`` and on, ``first`` being a multiple of 4, of a dropout by 0.5."""
+    n = torch.arange(first // 4, (first + count) // 4)
+    words = reference.philox_4x32((n & 0xFFFFFFFF, n >> 32, 0, 0), seed)
+    return torch.stack([word >= 2**31 for word in words], -1).flatten()
+
+
+# Instruction sets
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def instruction_sets() -> list[str]:
+    """Those that this processor and this build have."""
+    code = "from fastgpt import extension; print(extension.missing() is None)"
+    names = ("baseline", "avx2", "avx512", "avx512_bf16")
+    found = [name for name in names if run_python(code, FASTGPT_CPU_ISA=name) == "True"]
+    assert "baseline" in found
+    assert extension.isa() == os.environ.get("FASTGPT_CPU_ISA", found[-1])
+    return found
+
+
+def test_the_environment_chooses_the_instruction_set(instruction_sets: list[str]) -> None:
+    for name in instruction_sets:
+        assert run_python("from fastgpt import extension; print(extension.isa())", FASTGPT_CPU_ISA=name) == name
+
+
+def test_an_unknown_instruction_set_is_a_reason_not_a_crash() -> None:
+    code = (
+        "from fastgpt import dispatch; print(dispatch.explain()[0]['others']['cpp'], dispatch.explain()[0]['backend'])"
+    )
+    said = run_python(code, FASTGPT_CPU_ISA="avx1024", FASTGPT_BACKEND="")
+    assert said.startswith("FASTGPT_CPU_ISA names no instruction set")
+    assert said.endswith("torch")
+
+
+@pytest.mark.full
+def test_every_instruction_set_obeys_the_error_rule(instruction_sets: list[str]) -> None:
+    """All of this backend's cases, in a process for each set but the one that the tests themselves run on."""
+    for name in instruction_sets:
+        if name != extension.isa():
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-k", "cpp", os.path.dirname(__file__)],
+                env={**os.environ, "FASTGPT_CPU_ISA": name},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, f"{name}:\n{done.stdout[-3000:]}"
+
+
+# The whole model
+
+
+def train(backend: str, dtype: torch.dtype, steps: int) -> list[float]:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=67, n_layer=2, n_head=2, n_embd=64, dropout=0.1))
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    data = torch.randint(67, (4, 33)) // 3
+    losses = []
+    with use_backend(backend):
+        for _ in range(steps):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != F32):
+                loss = model(data[:, :-1], data[:, 1:])[1]
+            loss.backward()
+            ops.clip_grad_norm_(gradients(model), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-4), (BF16, 0.05)])
+def test_twenty_steps_of_training_are_the_references(dtype: torch.dtype, tolerance: float) -> None:
+    mine = train("cpp", dtype, 20)
+    assert mine == pytest.approx(train("reference", F32, 20), abs=tolerance)
+    assert mine[-1] < mine[0] - 0.5
