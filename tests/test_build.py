@@ -293,6 +293,8 @@ def test_every_symbol_of_a_kernel_belongs_to_its_instruction_set(wheel: Path) ->
             isa = object_file.parts[-4]
             listed = succeeded(run("nm", "--defined-only", "--extern-only", "--demangle", object_file, cwd=ROOT))
             for line in listed.splitlines():
+                if "personality" in line:  # a pointer, for the unwinder
+                    continue
                 assert f"fastgpt::{isa}::" in line, f"{path.name} for {isa} defines {line}"
                 assert line.split()[1] not in "WVu", f"{path.name} for {isa} shares {line}"
             seen.add((path.stem, isa))
