@@ -117,7 +117,7 @@ def test_builds_what_changed_and_leaves_nothing_stale(tree: Tree) -> None:
         (flags,) = [
             words
             for words in map(str.split, tree.compiled())
-            if f"-DFASTGPT_ISA={isa}" in words and words[words.index("-o") + 1].endswith("layer_norm.o")
+            if f"-DFASTGPT_ISA={isa}" in words and words[words.index("-o") + 1].endswith("/layer_norm.o")
         ]
         for ours in ("-O3", "-fno-fast-math", "-ffp-contract=fast"):  # the last one counts
             assert flags.index(ours) > max(flags.index("-ffast-math"), flags.index("-O0"))
@@ -279,7 +279,7 @@ def test_the_wheel_works_beside_another_torch(wheel: Path, tmp_path: Path) -> No
 def test_kernels_include_nothing_that_the_linker_could_share() -> None:
     allowed = {"<cstddef>", "<cstdint>"}
     for path in [*KERNELS, *ROOT.glob("csrc/cpu/*.h")]:
-        more = {"<immintrin.h>"} if path.name == "vec.h" else set()
+        more = {"<emmintrin.h>", "<immintrin.h>"} if path.name == "vec.h" else set()
         system = {name for name in re.findall(r"#\s*include\s+(\S+)", path.read_text()) if name[0] == "<"}
         assert system <= allowed | more, f"{path.name} includes {system}"
 
@@ -293,6 +293,8 @@ def test_every_symbol_of_a_kernel_belongs_to_its_instruction_set(wheel: Path) ->
             isa = object_file.parts[-4]
             listed = succeeded(run("nm", "--defined-only", "--extern-only", "--demangle", object_file, cwd=ROOT))
             for line in listed.splitlines():
+                if "personality" in line:  # a pointer, for the unwinder
+                    continue
                 assert f"fastgpt::{isa}::" in line, f"{path.name} for {isa} defines {line}"
                 assert line.split()[1] not in "WVu", f"{path.name} for {isa} shares {line}"
             seen.add((path.stem, isa))
