@@ -11,6 +11,7 @@ from torch import Tensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
+_LIST_DTYPES = {torch.float32, *_HALVES}  # which lists may mix
 
 
 def check_tensor(op: str, name: str, x: Any, rank: int | None = None, *, scalar: bool = False) -> None:
@@ -153,6 +154,11 @@ def check_tensor_list(op: str, name: str, tensors: Any) -> None:
         raise TypeError(f"{op}: {name} must be a list of tensors, got {type(tensors).__name__}")
     if not tensors:
         raise ValueError(f"{op}: {name} must hold at least one tensor, got an empty list")
+    if all(isinstance(x, Tensor) for x in tensors):
+        dtypes = {x.dtype for x in tensors}
+        if dtypes <= _LIST_DTYPES and len({x.device for x in tensors}) == 1:
+            return  # an optimizer's lists are long: a tensor at a time only where one is wrong
+    device, double = getattr(tensors[0], "device", None), getattr(tensors[0], "dtype", None) == torch.float64
     for index, x in enumerate(tensors):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name}[{index}] must be a tensor, got {type(x).__name__}")
@@ -160,9 +166,9 @@ def check_tensor_list(op: str, name: str, tensors: Any) -> None:
             raise ValueError(
                 f"{op}: {name}[{index}] must be float32, bfloat16, float16 or float64, got {_name(x.dtype)}"
             )
-        if x.device != tensors[0].device:
-            raise ValueError(f"{op}: {name}[{index}] must be on device {tensors[0].device}, got {x.device}")
-        if (x.dtype == torch.float64) != (tensors[0].dtype == torch.float64):
+        if x.device != device:
+            raise ValueError(f"{op}: {name}[{index}] must be on device {device}, got {x.device}")
+        if (x.dtype == torch.float64) != double:
             raise ValueError(f"{op}: {name} must not mix float64 with other dtypes, got {_name(x.dtype)} at {index}")
 
 

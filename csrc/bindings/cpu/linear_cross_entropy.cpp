@@ -13,10 +13,10 @@
 namespace fastgpt {
 namespace {
 
-// Logits of one chunk: 64 MiB in fp32, 333 rows of GPT-2's vocabulary. Chunks that fit a cache lose: each one reads and
-// writes dweight, which is as large as the weight, and that has to be little beside the products. Measured from 2^20 to
-// 2^26 logits; a vocabulary of characters is one chunk anyway.
-constexpr int64_t kLogitsAtOnce = int64_t{1} << 24;
+// Bytes of one chunk's logits: 1334 rows of GPT-2's vocabulary in bf16. Chunks that fit a cache lose: each one reads and
+// writes dweight, which is as large as the weight, and that has to be little beside the products. A vocabulary of
+// characters is one chunk anyway.
+constexpr int64_t kBytesAtOnce = int64_t{1} << 27;
 
 // `rows` rows of a contiguous (..., N) tensor from `start` on; transposed where asked for.
 Tensor some_rows(const Tensor& x, int64_t start, int64_t rows, bool transposed = false) {
@@ -83,7 +83,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(const Tensor
   const int64_t M = x.size(0), C = x.size(1), V = weight.size(0);
   const int64_t* classes = targets_of(t, M, op);
   const float inverse_count = inverse_count_of(classes, M, ignore_index);
-  const int64_t chunk = std::min(M, std::max<int64_t>(16, kLogitsAtOnce / V));
+  const int64_t at_most = std::max<int64_t>(16, kBytesAtOnce / (V * (x.scalar_type() == ScalarType::Float ? 4 : 2)));
+  const int64_t chunks = std::max<int64_t>(1, (M + at_most - 1) / at_most);
+  const int64_t chunk = (M + chunks - 1) / chunks;  // all of a size: a small last one would cost as much dweight
   const Tensor buffer = fresh({chunk, V}, x.scalar_type());
   const Tensor losses = fresh({M}, ScalarType::Float), stats = fresh({2, chunk}, ScalarType::Float);
   const Tensor columns = some_rows(weight, 0, V, true);
