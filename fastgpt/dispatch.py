@@ -36,8 +36,8 @@ OPS = (
 BACKENDS = ("reference", "torch", "triton", "cpp", "cuda")
 AUTO = "auto"
 
-# The order in which "auto" tries the backends, by device type. On the CPU it is measured (docs/measured.md); no GPU has
-# been measured yet, and there PyTorch's fused functions simply go before the plain algebra.
+# The order in which "auto" tries the backends, by device type; cpp joins it below. On the CPU it is measured
+# (docs/measured.md); no GPU has been measured yet, and there PyTorch's fused functions go before the plain algebra.
 PREFERRED = {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")}
 
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -343,16 +343,44 @@ def _head_size_limit(x: torch.Tensor, *_: Any) -> str | None:
     return f"it takes head sizes up to 256, not {x.shape[-1]}" if x.shape[-1] > 256 else None
 
 
+# What "auto" leaves to torch although the C++ kernels can run it, by their arguments, and in words: there torch was
+# measured to be faster (docs/measured.md). Calls so small cost what surrounds a kernel, and not the kernel.
+_LEFT_TO_TORCH: dict[str, tuple[Callable[..., bool], str]] = {
+    "attention": (
+        lambda q, k, v, is_causal, dropout_p, *_: (
+            dropout_p == 0 and q.dtype == torch.float32 and q.shape[2] < 8 and k.shape[2] >= 256
+        ),
+        "fewer than 8 queries on 256 keys or more in fp32",
+    ),
+    "softmax": (lambda x, scale, is_causal: not is_causal and x.numel() < 1 << 17, "fewer than 2^17 elements, no mask"),
+    "layer_norm": (lambda x, *_: x.numel() < 1 << 16, "fewer than 2^16 elements"),
+    "add_layer_norm": (
+        lambda x, residual, weight, bias, dropout_p, *_: dropout_p == 0 and x.numel() < 1 << 15,
+        "fewer than 2^15 elements, no dropout",
+    ),
+    "cross_entropy": (lambda logits, *_: logits.numel() < 1 << 14, "fewer than 2^14 logits"),
+    "linear_cross_entropy": (
+        lambda x, weight, *_: weight.shape[0] < 1024 or x.shape[0] * weight.shape[0] < 1 << 19,
+        "fewer than 1024 classes or 2^19 logits",
+    ),
+}
+
+
 def _register_cpp() -> None:
     """The extension's kernels for CPU tensors."""
     missing = extension.missing()
     if missing is not None:
         mark_absent("cpp", missing)
         return
+    # The baseline has been measured against nothing, and torch has kernels for more processors than this.
+    preferred = extension.isa() != "baseline"
+    PREFERRED["cpu"] = ("cpp", *PREFERRED["cpu"]) if preferred else (*PREFERRED["cpu"], "cpp")
     in_place = {"adamw_": (0, 2, 3), "clip_grad_norm_": (0,)}
     for op in OPS:
         fn = extension.op_in_place(op, in_place[op]) if op in in_place else _on_kernels(op, extension.op)
-        register("cpp", op, Entry(fn, ("cpu",), note=f"{extension.isa()} kernels"))
+        yields, what = _LEFT_TO_TORCH.get(op, (None, ""))
+        note = f"{extension.isa()} kernels" + (f"; auto leaves to torch: {what}" if what else "")
+        register("cpp", op, Entry(fn, ("cpu",), yields=yields, note=note))
 
 
 _register_triton()
