@@ -38,7 +38,7 @@ AUTO = "auto"
 
 # The order in which "auto" tries the backends, by device type; cpp joins it below. On the CPU it is measured
 # (docs/measured.md); no GPU has been measured yet, and there PyTorch's fused functions go before the plain algebra.
-PREFERRED = {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")}
+PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("torch", "reference"), "cuda": ("torch", "reference")}
 
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -206,10 +206,7 @@ def resolve(op: str, backend: str | None, *args: Any) -> Entry:
     Raises:
         ValueError: an unknown backend, or one that cannot run this op here, with the reason.
     """
-    return _resolve(op, backend, args, _leading_tensor(args))
-
-
-def _resolve(op: str, backend: str | None, args: tuple[Any, ...], x: torch.Tensor) -> Entry:
+    x = _leading_tensor(args)
     name = current_choice().get(op, AUTO) if backend is None else backend
     if name != AUTO:
         _check_backend(name, op)
@@ -234,13 +231,13 @@ def run(op: str, backend: str | None, *args: Any, on_kernels: Callable[..., Any]
 
     ``on_kernels`` takes the ``Kernels`` of a kernel backend, and then ``args``.
     """
-    x = _leading_tensor(args)
-    fn = _resolve(op, backend, args, x).fn
+    fn = resolve(op, backend, *args).fn
+    device_type = _leading_tensor(args).device.type
     if isinstance(fn, Kernels):
         assert on_kernels is not None
         fn, args = on_kernels, (fn, *args)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
             return fn(*args)
     return fn(*args)
 

@@ -13,6 +13,8 @@ INTERPRETING = not torch.cuda.is_available()
 if INTERPRETING:
     os.environ["TRITON_INTERPRET"] = "1"
 
+from fastgpt import dispatch, extension  # noqa: E402 (Triton's environment comes first)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests marked full, and only those")
@@ -30,6 +32,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(wanted) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
         items[:] = wanted
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    missing = extension.missing()
+    if missing is not None and "cpp" in params.values():
+        pytest.skip(missing)
+
+
+def preferred_on_cpu() -> str:
+    """The backend that auto prefers on a CPU, where its ops run on it."""
+    return next(row["backend"] for row in dispatch.explain() if row["op"] == "gelu")
 
 
 def can_run(item: pytest.Item) -> bool:

@@ -115,7 +115,7 @@ def test_queries_and_keys_may_differ_in_number(
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("queries", "keys", "lengths", "dtype"),
-    [(9, 9, (9, 5, 1), F32), (9, 9, (0, 9, 3), F32), (4, 17, (17, 3, 0), BF16), (12, 7, (7, 6, 1), F16)],
+    [(9, 9, (9, 5, 1), F32), (9, 9, (0, 9, 3), F32), (4, 17, (17, 6, 0), BF16), (12, 7, (7, 6, 1), F16)],
 )
 def test_seqlens_k_hides_the_keys_beyond(
     backend: str,

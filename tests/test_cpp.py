@@ -20,6 +20,8 @@ from torch import Tensor
 from fastgpt import GPT, GPTConfig, dispatch, extension, ops, reference, use_backend
 from fastgpt.optim import AdamW, gradients
 
+pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -47,7 +49,7 @@ def changed(fn: Callable[..., Any], *lists: list[Tensor]) -> list[Tensor]:
 def large_calls(
     dtype: torch.dtype, place: Callable[[Tensor], Tensor] = lambda x: x
 ) -> dict[str, Callable[[], list[Tensor]]]:
-    """Every op on shapes that give three threads work, in sizes that three does not divide; ``place`` lays inputs out."""
+    """Every op on shapes that give three threads uneven work; ``place`` lays the inputs out in memory."""
 
     def x(*shape: int) -> Tensor:
         return place(sample(*shape, dtype=dtype))
@@ -165,6 +167,42 @@ def reference_mask(first: int, count: int, seed: Tensor) -> Tensor:
     n = torch.arange(first // 4, (first + count) // 4)
     words = reference.philox_4x32((n & 0xFFFFFFFF, n >> 32, 0, 0), seed)
     return torch.stack([word >= 2**31 for word in words], -1).flatten()
+
+
+# Dispatch
+
+
+@pytest.mark.parametrize(
+    ("op", "small", "large"),
+    [
+        ("layer_norm", ((8, 64), (64,)), ((1024, 64), (64,))),
+        ("softmax", ((8, 64), 1.0, False), ((2048, 64), 1.0, False)),
+        ("softmax", (), ((8, 64), 1.0, True)),
+        ("add_layer_norm", ((8, 64), (8, 64), (64,), None, 0.0), ((512, 64), (512, 64), (64,), None, 0.0)),
+        ("add_layer_norm", (), ((8, 64), (8, 64), (64,), None, 0.1)),
+        ("cross_entropy", ((8, 64),), ((256, 64),)),
+        ("linear_cross_entropy", ((4096, 8), (65, 8)), ((512, 8), (1024, 8))),
+        ("linear_cross_entropy", ((16, 8), (5000, 8)), ()),
+        ("attention", ((1, 2, 1, 8), (1, 2, 300, 8), (1, 2, 300, 8), True, 0.0), ((1, 2, 9, 8),) * 3 + (True, 0.0)),
+        ("gelu", (), ((8, 64),)),
+    ],
+)
+@pytest.mark.skipif(dispatch.PREFERRED["cpu"][0] != "cpp", reason="auto prefers torch to the baseline")
+def test_auto_leaves_to_torch_what_torch_runs_faster(op: str, small: tuple[Any, ...], large: tuple[Any, ...]) -> None:
+    def chosen(args: tuple[Any, ...]) -> dispatch.Entry:
+        return dispatch.resolve(op, "auto", *(torch.empty(arg) if isinstance(arg, tuple) else arg for arg in args))
+
+    if small:
+        assert chosen(small) is dispatch._table[op]["torch"]
+    if large:
+        assert chosen(large) is dispatch._table[op]["cpp"]
+
+
+def test_explain_says_what_auto_leaves_to_torch() -> None:
+    notes = {row["op"]: row["note"] for row in dispatch.explain() if row["backend"] == "cpp"}
+    for op, (_, what) in dispatch._LEFT_TO_TORCH.items():
+        assert notes.get(op, what).endswith(what)
+    assert all(extension.isa() in note for note in notes.values())
 
 
 # Instruction sets

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt import GPT, GPTConfig, dispatch, ops, reference
-from fastgpt.dispatch import Entry, explain, use_backend
+from fastgpt.dispatch import Entry, Kernels, explain, use_backend
 from fastgpt.optim import AdamW, gradients
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -44,7 +44,10 @@ def ran(own_table: dict[str, dict[str, Entry]]) -> list[tuple[str, str]]:
     return calls
 
 
-def noted(calls: list[tuple[str, str]], op: str, backend: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+def noted(calls: list[tuple[str, str]], op: str, backend: str, fn: Callable[..., Any] | Kernels) -> Any:
+    if isinstance(fn, Kernels):
+        return dataclasses.replace(fn, fwd=noted(calls, op, backend, fn.fwd))
+
     def call(*args: Any) -> Any:
         calls.append((op, backend))
         return fn(*args)

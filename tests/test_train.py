@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import preferred_on_cpu
 from rich.console import Console
 
 from fastgpt import GPTConfig, ops
@@ -72,7 +73,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path):
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
     assert t.tokens_per_s > 0
     assert "GPT of" in t.describe()
-    assert "on cpu, fp32, ops on torch" in t.describe()
+    assert f"on cpu, fp32, ops on {preferred_on_cpu()}" in t.describe()
 
 
 def test_the_checkpoint_is_the_model(tmp_path):
