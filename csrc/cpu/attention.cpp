@@ -50,8 +50,9 @@ struct Visible {
 
 template <class T>
 Source<T> head_of(const Heads& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t D) {
-  const T* data = static_cast<const T*>(x.data) + b * x.stride_b + h * x.stride_h + first * x.stride_t;
-  return {data, x.stride_t, rows, D};
+  // No rows, no memory: a tensor without elements has a null pointer, which nothing may be added to.
+  const int64_t start = rows == 0 ? 0 : b * x.stride_b + h * x.stride_h + first * x.stride_t;
+  return {static_cast<const T*>(x.data) + start, x.stride_t, rows, D};
 }
 
 template <class T>

@@ -121,7 +121,6 @@ inline void for_each_word_vec(const Dropper& dropper, uint64_t first, int64_t N,
       __builtin_memcpy(words, buffer + skip, sizeof(words));
     }
     if (i + kGroup <= N) {
-#pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) body(i + j * kLanes, kLanes, words[j]);
     } else {
       for (int j = 0; i + j * kLanes < N; ++j) {

@@ -13,8 +13,8 @@
 namespace fastgpt {
 namespace {
 
-// Bytes of one chunk's logits: 1334 rows of GPT-2's vocabulary in bf16. Chunks that fit a cache lose: each one reads and
-// writes dweight, which is as large as the weight, and that has to be little beside the products. A vocabulary of
+// Bytes of one chunk's logits: 1334 rows of GPT-2's vocabulary in bf16. Chunks that fit a cache lose: each one reads
+// and writes dweight, which is as large as the weight, and that has to be little beside the products. A vocabulary of
 // characters is one chunk anyway.
 constexpr int64_t kBytesAtOnce = int64_t{1} << 27;
 
