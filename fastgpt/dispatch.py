@@ -218,12 +218,21 @@ def resolve(op: str, backend: str | None, *args: Any) -> Entry:
     for candidate in PREFERRED.get(x.device.type, ()):
         if reason_against(op, candidate, x.device.type, x.dtype, args) is None:
             entry = _table[op][candidate]
-            if entry.yields is None or not entry.yields(*args):
+            if not _leaves_to_next(entry, args):
                 return entry
             chosen = chosen or entry
     if chosen is None:
         raise ValueError(f"{op}: no backend takes {_dtype_name(x.dtype)} tensors on device {x.device.type!r} here")
     return chosen
+
+
+def _leaves_to_next(entry: Entry, args: tuple[Any, ...]) -> bool:
+    """Whether "auto" passes over an entry that can run: another is faster here, or torch.func cannot go through it."""
+    if torch.compiler.is_compiling():
+        return False  # a test of sizes would compile anew for each side of its limit
+    if isinstance(entry.fn, Kernels) and torch._C._are_functorch_transforms_active():
+        return True
+    return entry.yields is not None and entry.yields(*args)
 
 
 def run(op: str, backend: str | None, *args: Any, on_kernels: Callable[..., Any] | None = None) -> Any:
@@ -382,3 +391,5 @@ def _register_cpp() -> None:
 
 _register_triton()
 _register_cpp()
+if extension.isa_error() is not None and not isinstance(_environment, ValueError):
+    _environment = ValueError(extension.isa_error())  # as a wrong FASTGPT_BACKEND: said by the first op

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,15 @@ def missing() -> str | None:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         return f"the C++ extension does not load: {str(error).splitlines()[0]}"
+    return isa_error()
+
+
+def isa_error() -> str | None:
+    """What is wrong with FASTGPT_CPU_ISA, where the library is there, or None."""
+    if not (_FOLDER / "_cpu.abi3.so").exists():
+        return None
     wrong = _cpu().fastgpt_isa_error()
-    return wrong.decode() if wrong else None
+    return f"{wrong.decode()}, got {os.environ.get('FASTGPT_CPU_ISA')!r}" if wrong else None
 
 
 def op(name: str) -> Callable[..., Any]:

@@ -87,13 +87,18 @@ void backward(const Pool& pool, const AddLayerNormBwd& a) {
         const S* dstream = a.dresidual_out.data == nullptr ? nullptr : row<S>(a.dresidual_out, m);
         S* dresidual = static_cast<S*>(a.dresidual) + m * N;
         T* dx = a.dx == nullptr ? nullptr : static_cast<T*>(a.dx) + m * N;
-        const float mean = a.mean[m], rstd = a.rstd[m];
+        float mean = a.mean[m];
+        const float rstd = a.rstd[m];
+        if constexpr (sizeof(S) != sizeof(float)) {
+          // The row as it was rounded has a mean of its own: where nothing varies, nothing must be left of it.
+          mean = row_moments(N, [&](int64_t i, int n) { return load_n(total + i, n); }).mean;
+        }
         Sum sum_g, sum_gx;
         for_each_vec(N, [&](int64_t i, int n) {
           Vec xhat = (load_n(total + i, n) - mean) * rstd, d = load_n(dy + i, n);
           Vec g = rounded(d * load_n(weight + i, n));  // 0 beyond the row's end, as d is
           sum_g.add(g);
-          sum_gx.add(g * xhat);
+          sum_gx.add(keep_n(g * xhat, n, 0.0f));
           store_n(dweight + i, load_n(dweight + i, n) + d * xhat, n);
           store_n(dbias + i, load_n(dbias + i, n) + d, n);
         });

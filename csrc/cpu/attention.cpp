@@ -254,7 +254,7 @@ inline void backward_tile(const AttentionBwd& a, const BackwardBuffers<Math>& bu
       if (dropper != nullptr) key_words(*dropper, head * a.shape.Tq + i0 + i, key / 4, words);
       Vec ds[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
-        Vec p = vexp(load(buf.scores + r * kQueryBlockBwd + i) * a.scale - lse);
+        Vec p = vexp(rounded(load(buf.scores + r * kQueryBlockBwd + i) * a.scale) - lse);
         const int64_t hidden = visible.first_query(key + r) - i0 - i;  // lanes below see nothing of this key
         if (key + r >= visible.keys) {
           p = Vec{};
@@ -363,14 +363,15 @@ void backward(const Pool& pool, const AttentionBwd& a) {
 
       for (int64_t block = blocks * split / splits; block < blocks * (split + 1) / splits; ++block) {
         const int64_t k0 = block * kKeyBlockBwd, keys = min(s.Tk - k0, kKeyBlockBwd), tiled = round_up(keys, kRows);
-        const Source<T> k = head_of<T>(a.k, b, h, k0, keys, s.D);
+        const int64_t valid = max<int64_t>(0, min(keys, visible.keys - k0));  // what lies beyond may be anything
+        const Source<T> k = head_of<T>(a.k, b, h, k0, valid, s.D);
         for (int64_t i = 0; i < tiled * pitch.panel; i += kLanes) {
           store(buf.dk + i, Vec{});
           store(buf.dv + i, Vec{});
         }
         if (k0 < visible.keys) {
           pack_rows<Math>(k, tiled, pitch.row, buf.k_rows);
-          pack_rows<Math>(head_of<T>(a.v, b, h, k0, keys, s.D), tiled, pitch.row, buf.v_rows);
+          pack_rows<Math>(head_of<T>(a.v, b, h, k0, valid, s.D), tiled, pitch.row, buf.v_rows);
           pack_panel<Math>(k, tiled, pitch.panel, buf.k);
           const int64_t first = visible.first_query(k0) / kQueryBlockBwd * kQueryBlockBwd;
           for (int64_t i0 = first; i0 < padded_q; i0 += kQueryBlockBwd) {

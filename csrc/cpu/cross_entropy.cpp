@@ -14,7 +14,7 @@ void forward(const Pool& pool, const CrossEntropyFwd& a) {
   const int64_t V = a.V;
   float *tops = a.stats, *log_totals = a.stats + a.M;
   parallel_for(pool, a.M, row_grain(V), [&](int64_t begin, int64_t end) {
-    HeldExponentials held;
+    HeldExponentials held(V);
     for (int64_t m = begin; m < end; ++m) {
       const T* x = row<T>(a.logits, m);
       T* dx = a.dlogits == nullptr ? nullptr : static_cast<T*>(a.dlogits) + m * V;
@@ -24,7 +24,7 @@ void forward(const Pool& pool, const CrossEntropyFwd& a) {
       if (dx == nullptr || !counted) {
         held.data = nullptr;
       } else {
-        held.start(dx, V);
+        held.start(dx);
       }
       const ExponentialSum sum = exponential_sum(V, [&](int64_t i, int n) { return load_n(x + i, n); }, held.data);
       a.losses[m] = sum.top - picked;

@@ -49,7 +49,7 @@ void backward(const Pool& pool, const LayerNormBwd& a) {
           Vec xhat = (load_n(x + i, n) - mean) * rstd, d = load_n(dy + i, n);
           Vec g = rounded(d * load_n(weight + i, n));  // 0 beyond the row's end, as d is
           sum_g.add(g);
-          sum_gx.add(g * xhat);
+          sum_gx.add(keep_n(g * xhat, n, 0.0f));
           store_n(dweight + i, load_n(dweight + i, n) + d * xhat, n);
           store_n(dbias + i, load_n(dbias + i, n) + d, n);
         });

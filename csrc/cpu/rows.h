@@ -76,18 +76,24 @@ inline void add_partial_sums(const Pool& pool, const float* partial, int64_t blo
 constexpr float kInfinity = __builtin_inff();
 
 // The exponentials of a row, in fp32, while their sum is not known: in the row of results itself, or, where that is of
-// half precision, beside it, up to kHeld of them; 256 KB of the stack, of which a row touches what it needs.
+// half precision, beside it, up to kHeld of them. Not on the stack, which some threads have little of.
 constexpr int64_t kHeld = 65536;
 
 struct HeldExponentials {
-  float* data;  // null where the row has too many
-  float buffer[kHeld];
+  float* data = nullptr;  // null where the row has too many
+  float* buffer = nullptr;
+  int64_t longest;  // row that will come
 
-  void start(float* results, int64_t) { data = results; }
+  explicit HeldExponentials(int64_t longest_row) : longest(longest_row) {}
+  HeldExponentials(const HeldExponentials&) = delete;
+  ~HeldExponentials() { delete[] buffer; }
+
+  void start(float* results) { data = results; }
 
   template <class T>
-  void start(T*, int64_t N) {
-    data = N <= kHeld ? buffer : nullptr;
+  void start(T*) {
+    if (buffer == nullptr && longest <= kHeld) buffer = new float[longest];
+    data = buffer;
   }
 };
 

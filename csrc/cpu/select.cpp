@@ -36,7 +36,8 @@ Choice choose() {
   bool known = any || std::strcmp(wanted, "baseline") == 0;
 #if defined(FASTGPT_HAS_AVX2) || defined(FASTGPT_HAS_AVX512) || defined(FASTGPT_HAS_AVX512_BF16)
   __builtin_cpu_init();
-  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  [[maybe_unused]] const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                        __builtin_cpu_supports("avx512vl");

@@ -17,13 +17,13 @@ inline int64_t visible_columns(int64_t m, int64_t N, int64_t Tq) {
 template <class T>
 void forward(const Pool& pool, const SoftmaxFwd& a) {
   parallel_for(pool, a.M, row_grain(a.N), [&](int64_t begin, int64_t end) {
-    HeldExponentials held;
+    HeldExponentials held(a.N);
     for (int64_t m = begin; m < end; ++m) {
       const T* x = row<T>(a.x, m);
       T* y = static_cast<T*>(a.y) + m * a.N;
       const int64_t N = visible_columns(m, a.N, a.Tq);
       clear(y + N, a.N - N);
-      held.start(y, N);
+      held.start(y);
       // Rounded before the maximum is taken off, so that the largest becomes exactly 0.
       auto scaled = [&](int64_t i, int n) { return rounded(load_n(x + i, n) * a.scale); };
       const ExponentialSum sum = exponential_sum(N, scaled, held.data);

@@ -22,7 +22,7 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "kernels have no second derivative, so create_graph=True cannot go through them: "
-                "use_backend('reference') runs ops that have one"
+                "use_backend('torch') and use_backend('reference') run ops that have one"
             )
         return backward(ctx, *grads)
 

@@ -20,6 +20,8 @@ def check_tensor(op: str, name: str, x: Any, rank: int | None = None, *, scalar:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS:
         raise ValueError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {_name(x.dtype)}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise ValueError(f"{op}: {name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
     if rank is None and x.dim() == 0 and not scalar:
         raise ValueError(f"{op}: {name} must have at least one dimension, got a scalar")
     if rank is not None and x.dim() != rank:

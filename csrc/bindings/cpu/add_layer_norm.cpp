@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, c
       pool(),
       {rows.rows, residual_rows.rows, w.data_ptr(), b ? b->data_ptr() : nullptr, y.data_ptr(), residual_out.data_ptr(),
        floats(mean), floats(rstd), floats(scratch), rows.M, rows.N, static_cast<float>(eps),
-       drop_of(dropout_p, seed, op), dtype_of(x, op), dtype_of(residual_out, op), dtype_of(w, op)});
+       drop_of(dropout_p, seed, op), dtype_of(x, op), dtype_of(residual_out, op), parameter_dtype(w, x, op)});
   return {y, residual_out, mean, rstd};
 }
 
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& dy,
       pool(), {drows.rows, dresidual_out ? dstream.rows : Rows{nullptr, 0}, rows.rows, w.data_ptr(), floats(mean),
                floats(rstd), same ? nullptr : dx.data_ptr(), dresidual.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),
                floats(partial), floats(scratch), rows.M, rows.N, drop_of(dropout_p, seed, op), dtype_of(dy, op),
-               dtype_of(residual_out, op), dtype_of(w, op)});
+               dtype_of(residual_out, op), parameter_dtype(w, dy, op)});
   return {dx, in_dtype(dresidual, residual_dtype), dweight, dbias};
 }
 

@@ -12,8 +12,8 @@ Heads heads(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x
 
 // Part `index` of a (B, T, 3, H, D) tensor, as (B, H, T, D).
 Heads part(const Tensor& qkv, int64_t index, int64_t element_size) {
-  return {static_cast<char*>(qkv.data_ptr()) + index * qkv.stride(2) * element_size, qkv.stride(0), qkv.stride(3),
-          qkv.stride(1)};
+  const int64_t start = qkv.numel() == 0 ? 0 : index * qkv.stride(2) * element_size;  // nothing is added to a null
+  return {static_cast<char*>(qkv.data_ptr()) + start, qkv.stride(0), qkv.stride(3), qkv.stride(1)};
 }
 
 // The memory order of x where that keeps rows together, as kernel_ops.dense_like has it.

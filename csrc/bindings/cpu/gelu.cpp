@@ -17,7 +17,7 @@ Tensor gelu_fwd(const Tensor& x, const std::optional<Tensor>& bias, std::string 
   Tensor y = fresh_like(x, x.scalar_type());
   const Dtype dtype = dtype_of(x, "gelu_fwd");
   kernels().gelu_fwd(pool(), {rows.rows, b ? b->data_ptr() : nullptr, y.data_ptr(), rows.M, rows.N, dtype,
-                              b ? dtype_of(*b, "gelu_fwd") : dtype, is_tanh(approximate, "gelu_fwd")});
+                              b ? parameter_dtype(*b, x, "gelu_fwd") : dtype, is_tanh(approximate, "gelu_fwd")});
   return y;
 }
 
@@ -32,9 +32,9 @@ std::tuple<Tensor, Tensor> gelu_bwd(const Tensor& dy, const Tensor& x, const std
   Tensor dbias = fresh({b ? rows.N : 0}, b ? b->scalar_type() : x.scalar_type());
   Tensor partial = fresh({b ? row_blocks(rows.M) : 0, rows.N}, ScalarType::Float);
   const Dtype dtype = dtype_of(x, "gelu_bwd");
-  kernels().gelu_bwd(
-      pool(), {drows.rows, rows.rows, b ? b->data_ptr() : nullptr, dx.data_ptr(), dbias.data_ptr(), floats(partial),
-               rows.M, rows.N, dtype, b ? dtype_of(*b, "gelu_bwd") : dtype, is_tanh(approximate, "gelu_bwd")});
+  kernels().gelu_bwd(pool(), {drows.rows, rows.rows, b ? b->data_ptr() : nullptr, dx.data_ptr(), dbias.data_ptr(),
+                              floats(partial), rows.M, rows.N, dtype, b ? parameter_dtype(*b, x, "gelu_bwd") : dtype,
+                              is_tanh(approximate, "gelu_bwd")});
   return {dx, dbias};
 }
 

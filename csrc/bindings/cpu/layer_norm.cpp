@@ -15,9 +15,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor&
   require(!b || b->scalar_type() == w.scalar_type(), "layer_norm_fwd", "bias must have weight's dtype");
   Tensor y = fresh_like(x, x.scalar_type());
   Tensor mean = fresh({rows.M}, ScalarType::Float), rstd = fresh({rows.M}, ScalarType::Float);
-  kernels().layer_norm_fwd(
-      pool(), {rows.rows, w.data_ptr(), b ? b->data_ptr() : nullptr, y.data_ptr(), floats(mean), floats(rstd), rows.M,
-               rows.N, static_cast<float>(eps), dtype_of(x, "layer_norm_fwd"), dtype_of(w, "layer_norm_fwd")});
+  kernels().layer_norm_fwd(pool(), {rows.rows, w.data_ptr(), b ? b->data_ptr() : nullptr, y.data_ptr(), floats(mean),
+                                    floats(rstd), rows.M, rows.N, static_cast<float>(eps),
+                                    dtype_of(x, "layer_norm_fwd"), parameter_dtype(w, x, "layer_norm_fwd")});
   return {y, mean, rstd};
 }
 
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
   Tensor partial = fresh({row_blocks(rows.M), 2, rows.N}, ScalarType::Float);
   kernels().layer_norm_bwd(pool(), {drows.rows, rows.rows, w.data_ptr(), floats(mean), floats(rstd), dx.data_ptr(),
                                     dweight.data_ptr(), dbias.data_ptr(), floats(partial), rows.M, rows.N,
-                                    dtype_of(x, "layer_norm_bwd"), dtype_of(w, "layer_norm_bwd")});
+                                    dtype_of(x, "layer_norm_bwd"), parameter_dtype(w, x, "layer_norm_bwd")});
   return {dx, dweight, dbias};
 }
 

@@ -42,9 +42,18 @@ inline Dtype dtype_of(const Tensor& x, const char* op) {
   }
 }
 
+// A parameter's dtype: that of the tensor it goes with, or fp32.
+inline Dtype parameter_dtype(const Tensor& parameter, const Tensor& x, const char* op) {
+  const Dtype dtype = dtype_of(parameter, op);
+  require(dtype == Dtype::fp32 || dtype == dtype_of(x, op), op, "parameters must have the tensor's dtype or float32");
+  return dtype;
+}
+
+constexpr int64_t kMaxDims = 64;  // torch's own limit
+
 inline Tensor fresh(const int64_t* sizes, int64_t dim, ScalarType dtype) {
-  int64_t strides[16];
-  if (dim > 16) throw std::runtime_error("fastgpt_cpp: tensors must have at most 16 dimensions");
+  int64_t strides[kMaxDims];
+  if (dim > kMaxDims) throw std::runtime_error("fastgpt_cpp: tensors must have at most 64 dimensions");
   for (int64_t i = dim - 1, stride = 1; i >= 0; --i) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
@@ -99,7 +108,13 @@ struct Matrix {
   }
 };
 
-inline float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+// Statistics and scratch: fp32, contiguous.
+inline float* floats(const Tensor& x) {
+  if (x.scalar_type() != ScalarType::Float || !x.is_contiguous()) {
+    throw std::runtime_error("fastgpt_cpp: statistics must be float32 and contiguous");
+  }
+  return static_cast<float*>(x.data_ptr());
+}
 
 // What `p` and `seed` mean; without a seed nothing is dropped.
 inline Drop drop_of(double p, const std::optional<Tensor>& seed, const char* op) {
