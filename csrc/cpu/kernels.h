@@ -13,7 +13,7 @@ namespace fastgpt {
 
 enum class Dtype : int32_t { fp32, bf16, fp16 };
 
-// The threads that kernels run on: torch's own in the extension, plain ones in the tests of csrc.
+// The threads that kernels run on: torch's own.
 struct Pool {
   // Calls body(begin, end, context) on parts of [0, n) of at least `grain` items each (the last one may be shorter),
   // and returns when all is done. How the range is cut depends on the number of threads: a result must not.

@@ -1,4 +1,8 @@
-// Picks the instruction set, once, when the first kernel is asked for. Compiled for the baseline.
+// Picks the instruction set, once, when the library is loaded. Compiled for the baseline.
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -23,6 +27,14 @@ extern const Kernels table;
 
 namespace {
 
+#if defined(FASTGPT_HAS_AVX2)
+// Conversions from and to fp16, which clang's __builtin_cpu_supports does not know by name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 struct Choice {
   const Kernels* kernels;
   const char* error;
@@ -34,10 +46,9 @@ Choice choose() {
   const bool any = wanted == nullptr || *wanted == '\0';
   [[maybe_unused]] auto fits = [&](const Kernels& table) { return any || std::strcmp(wanted, table.isa) == 0; };
   bool known = any || std::strcmp(wanted, "baseline") == 0;
-#if defined(FASTGPT_HAS_AVX2) || defined(FASTGPT_HAS_AVX512) || defined(FASTGPT_HAS_AVX512_BF16)
+#if defined(FASTGPT_HAS_AVX2)  // what the compiler has beyond it, it has too
   __builtin_cpu_init();
-  [[maybe_unused]] const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                        __builtin_cpu_supports("avx512vl");
