@@ -247,6 +247,7 @@ print(extension.isa())
 
 
 @needs_compiler
+@pytest.mark.full
 def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
     assert re.fullmatch(r"fastgpt-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
     assert wheel.stat().st_size < 3_000_000

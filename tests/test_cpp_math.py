@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +19,6 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "tanh": (torch.tanh, 2.8),
     "erf": (torch.erf, 1.7),
 }
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-ABSENT = 77  # exit status of a process whose instruction set is not there
 
 _library = torch.library.Library(extension.NAMESPACE, "FRAGMENT")
 _library.define("math(Tensor x, str name) -> Tensor")
@@ -85,29 +79,3 @@ def test_the_bits_do_not_depend_on_the_place(name: str) -> None:
     whole = extension.op("math")(x, name)
     alone = torch.cat([extension.op("math")(one, name) for one in x.split(1)])
     assert torch.equal(whole.view(torch.int32), alone.view(torch.int32))
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_on_every_instruction_set(isa: str) -> None:
-    """What the processor has is chosen once a process, so each gets one."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_cpp_math; test_cpp_math.run_alone()"],
-        env={**os.environ, "FASTGPT_CPU_ISA": isa},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == ABSENT:
-        pytest.skip(f"this processor or this build has no {isa}")
-    assert done.returncode == 0, done.stderr
-
-
-def run_alone() -> None:
-    """The quick tests, without pytest."""
-    if extension.missing() is not None:
-        raise SystemExit(ABSENT)
-    torch.set_num_threads(1)
-    for name in FUNCTIONS:
-        test_special_values(name)
-        test_the_bits_do_not_depend_on_the_place(name)
-        test_is_as_close_as_it_says(name)

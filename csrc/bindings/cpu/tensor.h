@@ -88,6 +88,7 @@ struct Matrix {
       rows.stride = N;
     }
     rows.data = kept.data_ptr();
+    if (M * N == 0) rows.stride = 0;  // there may be no memory, and nothing may be added to a null pointer
   }
 
  private:
