@@ -7,8 +7,8 @@
 //
 // The stream is of x's dtype or fp32, and parameters are widened to fp32 once a call: five variants instead of fifteen.
 
+#include "norm.h"
 #include "philox.h"
-#include "rows.h"
 
 namespace fastgpt::FASTGPT_ISA {
 namespace {
@@ -58,14 +58,8 @@ void forward(const Pool& pool, const AddLayerNormFwd& a) {
           if constexpr (sizeof(S) != sizeof(float)) store_n(residual_out + i, v, n);
         });
         const Moments moments = row_moments(N, sum, [&](int64_t i, int n) { return load_n(total + i, n); });
-        const float rstd = 1.0f / __builtin_sqrtf(moments.variance + a.eps);
-        for_each_vec(N, [&](int64_t i, int n) {
-          Vec v = (load_n(total + i, n) - moments.mean) * rstd * load_n(weight + i, n);
-          if (bias != nullptr) v += load_n(bias + i, n);
-          store_n(y + i, v, n);
-        });
         a.mean[m] = moments.mean;
-        a.rstd[m] = rstd;
+        a.rstd[m] = normalize_row(total, moments, a.eps, weight, bias, N, y);
       }
     }
   });
@@ -80,33 +74,21 @@ void backward(const Pool& pool, const AddLayerNormBwd& a) {
     for (int64_t block = begin; block < end; ++block) {
       float* dweight = a.partial + block * 2 * N;
       float* dbias = dweight + N;
-      for_each_vec(2 * N, [&](int64_t i, int n) { store_n(dweight + i, Vec{}, n); });
+      clear(dweight, 2 * N);
       for (int64_t m = a.M * block / blocks; m < a.M * (block + 1) / blocks; ++m) {
         const S* total = row<S>(a.residual_out, m);
-        const T* dy = row<T>(a.dy, m);
         const S* dstream = a.dresidual_out.data == nullptr ? nullptr : row<S>(a.dresidual_out, m);
         S* dresidual = static_cast<S*>(a.dresidual) + m * N;
         T* dx = a.dx == nullptr ? nullptr : static_cast<T*>(a.dx) + m * N;
         float mean = a.mean[m];
-        const float rstd = a.rstd[m];
         if constexpr (sizeof(S) != sizeof(float)) {
           // The row as it was rounded has a mean of its own: where nothing varies, nothing must be left of it.
           mean = row_moments(N, [&](int64_t i, int n) { return load_n(total + i, n); }).mean;
         }
-        Sum sum_g, sum_gx;
-        for_each_vec(N, [&](int64_t i, int n) {
-          Vec xhat = (load_n(total + i, n) - mean) * rstd, d = load_n(dy + i, n);
-          Vec g = rounded(d * load_n(weight + i, n));  // 0 beyond the row's end, as d is
-          sum_g.add(g);
-          sum_gx.add(keep_n(g * xhat, n, 0.0f));
-          store_n(dweight + i, load_n(dweight + i, n) + d * xhat, n);
-          store_n(dbias + i, load_n(dbias + i, n) + d, n);
-        });
-        const float mean_g = sum_g.value() / N, mean_gx = sum_gx.value() / N;
+        NormRowGradient<S, T, float> gradient{total, row<T>(a.dy, m), weight, mean, a.rstd[m]};
+        gradient.sum_up(N, dweight, dbias);
         for_each_dropped_vec(a.drop, dropper, m, N, [&](int64_t i, int n, const auto& dropped) {
-          Vec xhat = (load_n(total + i, n) - mean) * rstd;
-          Vec g = rounded(load_n(dy + i, n) * load_n(weight + i, n));
-          Vec dtotal = rstd * (g - mean_g - xhat * mean_gx);
+          Vec dtotal = gradient.dx(i, n);
           if (dstream != nullptr) dtotal += load_n(dstream + i, n);
           store_n(dresidual + i, dtotal, n);
           if (dx != nullptr) store_n(dx + i, dropped(dtotal), n);

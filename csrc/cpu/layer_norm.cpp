@@ -3,7 +3,7 @@
 // A row is read from memory once and then three times from the L1 cache, where GPT-sized rows stay: for the sum, for
 // the sum of squares about the mean (taken about zero it would lose its digits where the mean is large), and for y.
 
-#include "rows.h"
+#include "norm.h"
 
 namespace fastgpt::FASTGPT_ISA {
 namespace {
@@ -18,14 +18,8 @@ void forward(const Pool& pool, const LayerNormFwd& a) {
       const T* x = row<T>(a.x, m);
       T* y = static_cast<T*>(a.y) + m * N;
       const Moments moments = row_moments(N, [&](int64_t i, int n) { return load_n(x + i, n); });
-      const float rstd = 1.0f / __builtin_sqrtf(moments.variance + a.eps);
-      for_each_vec(N, [&](int64_t i, int n) {
-        Vec v = (load_n(x + i, n) - moments.mean) * rstd * load_n(weight + i, n);
-        if (bias != nullptr) v += load_n(bias + i, n);
-        store_n(y + i, v, n);
-      });
       a.mean[m] = moments.mean;
-      a.rstd[m] = rstd;
+      a.rstd[m] = normalize_row(x, moments, a.eps, weight, bias, N, y);
     }
   });
 }
@@ -38,27 +32,12 @@ void backward(const Pool& pool, const LayerNormBwd& a) {
     for (int64_t block = begin; block < end; ++block) {
       float* dweight = a.partial + block * 2 * N;
       float* dbias = dweight + N;
-      for_each_vec(2 * N, [&](int64_t i, int n) { store_n(dweight + i, Vec{}, n); });
+      clear(dweight, 2 * N);
       for (int64_t m = a.M * block / blocks; m < a.M * (block + 1) / blocks; ++m) {
-        const T* x = row<T>(a.x, m);
-        const T* dy = row<T>(a.dy, m);
+        NormRowGradient<T, T, P> gradient{row<T>(a.x, m), row<T>(a.dy, m), weight, a.mean[m], a.rstd[m]};
         T* dx = static_cast<T*>(a.dx) + m * N;
-        const float mean = a.mean[m], rstd = a.rstd[m];
-        Sum sum_g, sum_gx;
-        for_each_vec(N, [&](int64_t i, int n) {
-          Vec xhat = (load_n(x + i, n) - mean) * rstd, d = load_n(dy + i, n);
-          Vec g = rounded(d * load_n(weight + i, n));  // 0 beyond the row's end, as d is
-          sum_g.add(g);
-          sum_gx.add(keep_n(g * xhat, n, 0.0f));
-          store_n(dweight + i, load_n(dweight + i, n) + d * xhat, n);
-          store_n(dbias + i, load_n(dbias + i, n) + d, n);
-        });
-        const float mean_g = sum_g.value() / N, mean_gx = sum_gx.value() / N;
-        for_each_vec(N, [&](int64_t i, int n) {
-          Vec xhat = (load_n(x + i, n) - mean) * rstd;
-          Vec g = rounded(load_n(dy + i, n) * load_n(weight + i, n));
-          store_n(dx + i, rstd * (g - mean_g - xhat * mean_gx), n);
-        });
+        gradient.sum_up(N, dweight, dbias);
+        for_each_vec(N, [&](int64_t i, int n) { store_n(dx + i, gradient.dx(i, n), n); });
       }
     }
   });

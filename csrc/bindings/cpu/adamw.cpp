@@ -10,11 +10,6 @@ namespace {
 // 1 - beta^step without the digits that this difference loses near beta = 1.
 double correction(double beta, double step) { return -std::expm1(step * std::log(beta)); }
 
-float scalar(const Tensor& x, const char* what) {
-  require(x.numel() == 1 && x.scalar_type() == ScalarType::Float, "adamw_", what);
-  return *floats(x);
-}
-
 void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
            std::vector<Tensor> exp_avg_sqs, const Tensor& step, const Tensor& lr, std::vector<double> betas, double eps,
            double weight_decay) {
@@ -41,7 +36,7 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     items.push_back({param[i], grad[i], exp_avg[i], exp_avg_sq[i], numel, blocks});
     blocks += list_blocks(numel);
   }
-  const double rate = scalar(lr, "lr must be one fp32"), at = scalar(step, "step must be one fp32");
+  const double rate = fp32_value(lr, op), at = fp32_value(step, op);
   kernels().adamw(
       pool(),
       {items.data(), static_cast<int64_t>(count), blocks, static_cast<float>(1 - rate * weight_decay),
