@@ -4,7 +4,7 @@ PYTHON ?= python3
 STAGE ?= test
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: train test test-full wheel sanitize kernel-table bench-cpu lint format gpu-check clean
 

@@ -8,6 +8,7 @@ Nothing falls back silently: a named backend that cannot run raises its reason, 
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastgpt import extension, reference, torch_native
+from fastgpt import emulator, extension, reference, torch_native
 from fastgpt.triton_kernels import library as triton_library
 
 OPS = (
@@ -372,6 +373,14 @@ _LEFT_TO_TORCH: dict[str, tuple[Callable[..., bool], str]] = {
 }
 
 
+def _on_extension(op: str, namespace: str) -> Callable[..., Any] | Kernels:
+    """What runs ``op`` on the kernels of one of the extension's libraries."""
+    in_place = {"adamw_": (0, 2, 3), "clip_grad_norm_": (0,)}
+    if op in in_place:
+        return extension.op_in_place(op, in_place[op], namespace)
+    return _on_kernels(op, functools.partial(extension.op, namespace=namespace))
+
+
 def _register_cpp() -> None:
     """The extension's kernels for CPU tensors."""
     missing = extension.missing()
@@ -381,15 +390,29 @@ def _register_cpp() -> None:
     # The baseline has been measured against nothing, and torch has kernels for more processors than this.
     preferred = extension.isa() != "baseline"
     PREFERRED["cpu"] = ("cpp", *PREFERRED["cpu"]) if preferred else (*PREFERRED["cpu"], "cpp")
-    in_place = {"adamw_": (0, 2, 3), "clip_grad_norm_": (0,)}
     for op in OPS:
-        fn = extension.op_in_place(op, in_place[op]) if op in in_place else _on_kernels(op, extension.op)
+        fn = _on_extension(op, extension.NAMESPACE)
         yields, what = _LEFT_TO_TORCH.get(op, (None, ""))
         note = f"{extension.isa()} kernels" + (f"; auto leaves to torch: {what}" if what else "")
         register("cpp", op, Entry(fn, ("cpu",), yields=yields, note=note))
 
 
+def _register_cuda() -> None:
+    """The extension's kernels for CUDA tensors; in the emulator, for CPU tensors."""
+    if not emulator.requested():
+        return
+    missing = emulator.missing()
+    if missing is not None:
+        mark_absent("cuda", missing)
+        return
+    emulator.load_with_first_op()
+    limits = {"attention": _head_size_limit, "attention_qkvpacked": _head_size_limit}
+    for op in OPS:
+        register("cuda", op, Entry(_on_extension(op, extension.CUDA_NAMESPACE), ("cpu",), limit=limits.get(op)))
+
+
 _register_triton()
 _register_cpp()
+_register_cuda()
 if extension.isa_error() is not None and not isinstance(_environment, ValueError):
     _environment = ValueError(extension.isa_error())  # as a wrong FASTGPT_BACKEND: said by the first op

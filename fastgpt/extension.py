@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 
-from fastgpt import kernel_ops
+from fastgpt import emulator, kernel_ops
 
 NAMESPACE = "fastgpt_cpp"
+CUDA_NAMESPACE = emulator.NAMESPACE
 _FOLDER = Path(__file__).parent
 _library = kernel_ops.define(NAMESPACE)
+_cuda_library = kernel_ops.define(CUDA_NAMESPACE)
 
 
 @functools.cache
@@ -48,14 +50,14 @@ def isa_error() -> str | None:
     return f"{wrong.decode()}, got {os.environ.get('FASTGPT_CPU_ISA')!r}" if wrong else None
 
 
-def op(name: str) -> Callable[..., Any]:
+def op(name: str, namespace: str = NAMESPACE) -> Callable[..., Any]:
     """The dispatcher op of that name: "layer_norm_fwd"."""
-    return kernel_ops.op(NAMESPACE, name)
+    return kernel_ops.op(namespace, name)
 
 
-def op_in_place(name: str, changed: tuple[int, ...]) -> Callable[..., Any]:
+def op_in_place(name: str, changed: tuple[int, ...], namespace: str = NAMESPACE) -> Callable[..., Any]:
     """The dispatcher op, and then a word to autograd, which the library cannot say, that the lists ``changed`` have."""
-    run = op(name)
+    run = op(name, namespace)
 
     def run_and_tell(*args: Any) -> Any:
         result = run(*args)

@@ -21,6 +21,7 @@ LAYERS = (
     ("dispatch",),
     ("reference", "torch_native"),
     ("triton_kernels", "extension"),
+    ("emulator",),
     # Below everything: they know nothing of models or ops.
     ("config", "tokenizer", "files", "kernel_ops"),
 )
