@@ -373,8 +373,8 @@ def training_case(config: GPTConfig, batch_size: int, dtype: torch.dtype = BF16)
     """A training step under autocast: forward, backward, clipping, AdamW. ``GPT.flops_per_token`` FLOPs a token (the
     causal half of attention counted, as is usual), so that the share of the ceiling is the MFU; no bytes.
 
-    What competes with the model on our kernels is the model on torch, and the plain model of ``plain.py`` compiled, with
-    PyTorch's fused AdamW. The losses of the first steps are held to those in fp32.
+    What competes with the model on our kernels is the model on torch, and the plain model of ``plain.py`` compiled,
+    with PyTorch's fused AdamW. The losses of the first steps are held to those in fp32.
     """
     train = TrainConfig(lr=6e-4, beta2=0.95)
     with torch.device("meta"):
