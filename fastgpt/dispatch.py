@@ -374,7 +374,7 @@ _LEFT_TO_TORCH: dict[str, tuple[Callable[..., bool], str]] = {
 
 def _register_cpp() -> None:
     """The extension's kernels for CPU tensors."""
-    missing = extension.missing()
+    missing = extension.cpp_missing()
     if missing is not None:
         mark_absent("cpp", missing)
         return
@@ -383,7 +383,7 @@ def _register_cpp() -> None:
     PREFERRED["cpu"] = ("cpp", *PREFERRED["cpu"]) if preferred else (*PREFERRED["cpu"], "cpp")
     in_place = {"adamw_": (0, 2, 3), "clip_grad_norm_": (0,)}
     for op in OPS:
-        fn = extension.op_in_place(op, in_place[op]) if op in in_place else _on_kernels(op, extension.op)
+        fn = extension.cpu.op_in_place(op, in_place[op]) if op in in_place else _on_kernels(op, extension.cpu.op)
         yields, what = _LEFT_TO_TORCH.get(op, (None, ""))
         note = f"{extension.isa()} kernels" + (f"; auto leaves to torch: {what}" if what else "")
         register("cpp", op, Entry(fn, ("cpu",), yields=yields, note=note))
