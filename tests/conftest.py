@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Without a GPU, Triton's kernels are tested in its interpreter, on CPU tensors; Triton asks when it decorates a kernel.
+# Without a GPU, Triton's kernels are tested in its interpreter and the CUDA kernels in the emulator, on CPU tensors;
+# Triton asks when it decorates a kernel.
 INTERPRETING = not torch.cuda.is_available()
 if INTERPRETING:
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["FASTGPT_EMULATE"] = "1"
 
 from fastgpt import dispatch, extension  # noqa: E402 (Triton's environment comes first)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "torch", "triton", "cpp")
+BACKENDS = ("reference", "torch", "triton", "cpp", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import extension
+from fastgpt import dispatch, extension, ops
 from fastgpt.extension import Library
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +78,16 @@ def test_the_gpu_cannot_run_it(library: Library, monkeypatch: pytest.MonkeyPatch
     assert error(-1) == "it needs compute capability 8.0 or later, and this is a Tesla T4 (7.5)"
     assert error(0) is None
     assert error(1) == "CUDA cannot run its kernels (no kernel), and this is a NVIDIA H100 (9.0)"
+
+
+def test_explain_and_errors_say_that_the_gpu_cannot_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = dispatch.Entry(torch.neg, ("cpu",), gpu_limit=lambda index: f"number {index} is too old")
+    monkeypatch.setitem(dispatch._table["gelu"], "cuda", entry)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    (reason,) = (row["others"]["cuda"] for row in dispatch.explain() if row["op"] == "gelu")
+    assert reason == "number 2 is too old"
+    with pytest.raises(ValueError, match=r"backend 'cuda' cannot run here: number None is too old"):
+        ops.gelu(torch.ones(1), backend="cuda")
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected")

@@ -20,6 +20,7 @@ LAYERS = (
     ("ops",),
     ("dispatch",),
     ("reference", "torch_native"),
+    ("emulator",),
     ("triton_kernels", "extension"),
     # Below everything: they know nothing of models or ops.
     ("config", "tokenizer", "files", "kernel_ops"),

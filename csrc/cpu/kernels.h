@@ -6,24 +6,15 @@
 
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "../tensors.h"
 
 namespace fastgpt {
-
-enum class Dtype : int32_t { fp32, bf16, fp16 };
 
 // The threads that kernels run on: torch's own.
 struct Pool {
   // Calls body(begin, end, context) on parts of [0, n) of at least `grain` items each (the last one may be shorter),
   // and returns when all is done. How the range is cut depends on the number of threads: a result must not.
   void (*run)(int64_t n, int64_t grain, void (*body)(int64_t begin, int64_t end, void* context), void* context);
-};
-
-// A (rows, N) matrix whose rows are contiguous, `stride` elements apart.
-struct Rows {
-  const void* data;
-  int64_t stride;
 };
 
 // Dropout with probability p: an element whose random word (philox.h) lies below the threshold becomes 0, the others
@@ -68,16 +59,6 @@ struct LayerNormBwd {
   int64_t M, N;
   Dtype dtype;
   Dtype weight_dtype;  // of weight, dweight and dbias
-};
-
-// A (batch, nheads, seqlen, headdim) tensor in any layout that keeps a head's row together.
-struct Heads {
-  void* data;
-  int64_t stride_b, stride_h, stride_t;
-};
-
-struct AttentionShape {
-  int64_t B, H, Tq, Tk, D;
 };
 
 struct AttentionFwd {
@@ -240,17 +221,6 @@ struct AddLayerNormBwd {
   Dtype stream_dtype;  // of residual_out and both gradients of the stream
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
-
-// A contiguous tensor of a list.
-struct ListedTensor {
-  void* data;
-  Dtype dtype;
-};
-
-// Tensors are cut into blocks of this many elements, so that a list is one range of work, cut by sizes alone.
-constexpr int64_t kListBlock = 8192;
-
-inline int64_t list_blocks(int64_t numel) { return (numel + kListBlock - 1) / kListBlock; }
 
 // One parameter and what belongs to it.
 struct AdamwItem {

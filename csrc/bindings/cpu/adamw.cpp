@@ -2,7 +2,8 @@
 
 #include <cmath>
 
-#include "tensor_list.h"
+#include "../tensor_list.h"
+#include "tensor.h"
 
 namespace fastgpt {
 namespace {

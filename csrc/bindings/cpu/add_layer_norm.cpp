@@ -24,8 +24,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, c
   require(w.numel() == rows.N && (!b || b->numel() == rows.N), op, "weight and bias must have N elements");
   require(!b || b->scalar_type() == w.scalar_type(), op, "bias must have weight's dtype");
   Tensor y = fresh_like(x, x.scalar_type()), residual_out = fresh_like(x, stream);
-  Tensor mean = fresh({rows.M}, ScalarType::Float), rstd = fresh({rows.M}, ScalarType::Float);
-  Tensor scratch = fresh({stream == ScalarType::Float ? 2 : 2 + row_blocks(rows.M), rows.N}, ScalarType::Float);
+  Tensor mean = fresh(x, {rows.M}, ScalarType::Float), rstd = fresh(x, {rows.M}, ScalarType::Float);
+  Tensor scratch = fresh(x, {stream == ScalarType::Float ? 2 : 2 + row_blocks(rows.M), rows.N}, ScalarType::Float);
   kernels().add_layer_norm_fwd(
       pool(),
       {rows.rows, residual_rows.rows, w.data_ptr(), b ? b->data_ptr() : nullptr, y.data_ptr(), residual_out.data_ptr(),
@@ -53,11 +53,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& dy,
   require(w.numel() == rows.N && mean.numel() == rows.M && rstd.numel() == rows.M, op,
           "weight must have N elements, mean and rstd one for each row");
   const bool same = !seed && x_dtype == residual_dtype;
-  Tensor dx = same ? fresh({0}, x_dtype) : fresh_like(residual_out, x_dtype);
+  Tensor dx = same ? fresh(dy, {0}, x_dtype) : fresh_like(residual_out, x_dtype);
   Tensor dresidual = fresh_like(residual_out, stream);
-  Tensor dweight = fresh({rows.N}, w.scalar_type()), dbias = fresh({rows.N}, w.scalar_type());
-  Tensor partial = fresh({row_blocks(rows.M), 2, rows.N}, ScalarType::Float);
-  Tensor scratch = fresh({rows.N}, ScalarType::Float);
+  Tensor dweight = fresh(dy, {rows.N}, w.scalar_type()), dbias = fresh(dy, {rows.N}, w.scalar_type());
+  Tensor partial = fresh(dy, {row_blocks(rows.M), 2, rows.N}, ScalarType::Float);
+  Tensor scratch = fresh(dy, {rows.N}, ScalarType::Float);
   kernels().add_layer_norm_bwd(
       pool(), {drows.rows, dresidual_out ? dstream.rows : Rows{nullptr, 0}, rows.rows, w.data_ptr(), floats(mean),
                floats(rstd), same ? nullptr : dx.data_ptr(), dresidual.data_ptr(), dweight.data_ptr(), dbias.data_ptr(),

@@ -47,9 +47,9 @@ AttentionShape packed_shape(const Tensor& qkv, const char* op) {
 
 int64_t element_size(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
 
-Tensor partial_sums(const AttentionShape& s) {
+Tensor partial_sums(const Tensor& q, const AttentionShape& s) {
   const int64_t splits = attention_splits(s);
-  return fresh({splits == 1 ? 0 : s.B * s.H * splits, s.Tq, s.D}, ScalarType::Float);
+  return fresh(q, {splits == 1 ? 0 : s.B * s.H * splits, s.Tq, s.D}, ScalarType::Float);
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool is_causal,
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, con
   const char* op = "attention_fwd";
   const AttentionShape s = shape_of(q_, k_, v_, op);
   const Tensor q = rows_together(q_), k = rows_together(k_), v = rows_together(v_);
-  Tensor o = dense_like(q_), lse = fresh({s.B, s.H, s.Tq}, ScalarType::Float);
+  Tensor o = dense_like(q_), lse = fresh(q_, {s.B, s.H, s.Tq}, ScalarType::Float);
   std::optional<Tensor> kept;
   kernels().attention_fwd(pool(),
                           {s, heads(q), heads(k), heads(v), heads(o), floats(lse), lengths(seqlens_k, s.B, op, &kept),
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dout_, const Tens
       op, "do and o must have q's shape, and lse one number for each of its rows");
   const Tensor dout = rows_together(dout_), q = rows_together(q_), k = rows_together(k_), v = rows_together(v_),
                o = rows_together(o_);
-  Tensor dq = dense_like(q_), dk = dense_like(k_), dv = dense_like(v_), partial = partial_sums(s);
+  Tensor dq = dense_like(q_), dk = dense_like(k_), dv = dense_like(v_), partial = partial_sums(q, s);
   std::optional<Tensor> kept;
   kernels().attention_bwd(
       pool(), {s, heads(dout), heads(q), heads(k), heads(v), heads(o), heads(dq), heads(dk), heads(dv), floats(lse),
@@ -97,7 +97,8 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_fwd(const Tensor& qkv_, bool is_c
   const Tensor qkv = qkv_.stride(4) == 1 || s.D == 1 ? qkv_ : dense(qkv_);
   const Dtype dtype = dtype_of(qkv, op);
   const int64_t size = element_size(dtype);
-  Tensor o = fresh({s.B, s.Tq, s.H, s.D}, qkv.scalar_type()), lse = fresh({s.B, s.H, s.Tq}, ScalarType::Float);
+  Tensor o = fresh(qkv, {s.B, s.Tq, s.H, s.D}, qkv.scalar_type()),
+         lse = fresh(qkv, {s.B, s.H, s.Tq}, ScalarType::Float);
   std::optional<Tensor> kept;
   kernels().attention_fwd(pool(), {s, part(qkv, 0, size), part(qkv, 1, size), part(qkv, 2, size), transposed(o),
                                    floats(lse), lengths(seqlens_k, s.B, op, &kept), drop_of(dropout_p, seed, op),
@@ -120,7 +121,7 @@ Tensor attention_qkvpacked_bwd(const Tensor& dout_, const Tensor& qkv_, const Te
   require(lse.numel() == s.B * s.H * s.Tq, op, "lse must have one number for each query");
   const Dtype dtype = dtype_of(qkv, op);
   const int64_t size = element_size(dtype);
-  Tensor dqkv = fresh_like(qkv_, qkv.scalar_type()), partial = partial_sums(s);
+  Tensor dqkv = fresh_like(qkv_, qkv.scalar_type()), partial = partial_sums(qkv, s);
   std::optional<Tensor> kept;
   kernels().attention_bwd(pool(), {s, transposed(dout), part(qkv, 0, size), part(qkv, 1, size), part(qkv, 2, size),
                                    transposed(o), part(dqkv, 0, size), part(dqkv, 1, size), part(dqkv, 2, size),

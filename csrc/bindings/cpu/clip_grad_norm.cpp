@@ -1,6 +1,7 @@
 // clip_grad_norm_ on CPU tensors.
 
-#include "tensor_list.h"
+#include "../tensor_list.h"
+#include "tensor.h"
 
 namespace fastgpt {
 namespace {
@@ -19,7 +20,8 @@ Tensor clip_grad_norm(std::vector<Tensor> grads, double max_norm) {
     items.push_back({grad[i], grads[i].numel(), blocks});
     blocks += list_blocks(grads[i].numel());
   }
-  Tensor norm = fresh({}, ScalarType::Float), partial = fresh({blocks}, ScalarType::Float);
+  require(!grads.empty(), op, "there must be a tensor");
+  Tensor norm = fresh(grads[0], {}, ScalarType::Float), partial = fresh(grads[0], {blocks}, ScalarType::Float);
   kernels().clip_grad_norm(pool(), {items.data(), static_cast<int64_t>(items.size()), blocks, floats(partial),
                                     floats(norm), static_cast<float>(max_norm)});
   grad.write_back();

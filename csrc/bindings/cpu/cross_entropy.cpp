@@ -12,12 +12,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_fwd(const Tensor& logit
   const Tensor t = dense(targets);
   const int64_t* classes = targets_of(t, rows.M, "cross_entropy_fwd");
   const float inverse_count = inverse_count_of(classes, rows.M, ignore_index);
-  Tensor losses = fresh({rows.M}, ScalarType::Float), stats = fresh({2, rows.M}, ScalarType::Float);
-  Tensor dlogits = fresh({with_gradient ? rows.M : 0, rows.N}, logits.scalar_type());
+  Tensor losses = fresh(logits, {rows.M}, ScalarType::Float), stats = fresh(logits, {2, rows.M}, ScalarType::Float);
+  Tensor dlogits = fresh(logits, {with_gradient ? rows.M : 0, rows.N}, logits.scalar_type());
   kernels().cross_entropy_fwd(
       pool(), {rows.rows, classes, with_gradient ? dlogits.data_ptr() : nullptr, floats(losses), floats(stats), rows.M,
                rows.N, ignore_index, inverse_count, dtype_of(logits, "cross_entropy_fwd")});
-  return {scalar(mean_loss(floats(losses), rows.M, inverse_count)), stats, scalar(inverse_count), dlogits};
+  return {scalar(logits, mean_loss(floats(losses), rows.M, inverse_count)), stats, scalar(logits, inverse_count),
+          dlogits};
 }
 
 Tensor cross_entropy_bwd(const Tensor& dloss, const Tensor& logits, const Tensor& targets, int64_t ignore_index,

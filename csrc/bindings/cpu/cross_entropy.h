@@ -26,8 +26,9 @@ inline float mean_loss(const float* losses, int64_t M, float inverse_count) {
   return static_cast<float>(total) * inverse_count;
 }
 
-inline Tensor scalar(float value) {
-  Tensor x = fresh({}, ScalarType::Float);
+// On `like`'s device.
+inline Tensor scalar(const Tensor& like, float value) {
+  Tensor x = fresh(like, {}, ScalarType::Float);
   *floats(x) = value;
   return x;
 }

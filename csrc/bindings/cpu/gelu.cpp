@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor> gelu_bwd(const Tensor& dy, const Tensor& x, const std
           "dy must have x's shape and dtype");
   require(!b || b->numel() == rows.N, "gelu_bwd", "bias must have N elements");
   Tensor dx = fresh_like(x, x.scalar_type());
-  Tensor dbias = fresh({b ? rows.N : 0}, b ? b->scalar_type() : x.scalar_type());
-  Tensor partial = fresh({b ? row_blocks(rows.M) : 0, rows.N}, ScalarType::Float);
+  Tensor dbias = fresh(x, {b ? rows.N : 0}, b ? b->scalar_type() : x.scalar_type());
+  Tensor partial = fresh(x, {b ? row_blocks(rows.M) : 0, rows.N}, ScalarType::Float);
   const Dtype dtype = dtype_of(x, "gelu_bwd");
   kernels().gelu_bwd(pool(), {drows.rows, rows.rows, b ? b->data_ptr() : nullptr, dx.data_ptr(), dbias.data_ptr(),
                               floats(partial), rows.M, rows.N, dtype, b ? parameter_dtype(*b, x, "gelu_bwd") : dtype,

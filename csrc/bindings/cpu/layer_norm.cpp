@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor&
           "weight and bias must have N elements");
   require(!b || b->scalar_type() == w.scalar_type(), "layer_norm_fwd", "bias must have weight's dtype");
   Tensor y = fresh_like(x, x.scalar_type());
-  Tensor mean = fresh({rows.M}, ScalarType::Float), rstd = fresh({rows.M}, ScalarType::Float);
+  Tensor mean = fresh(x, {rows.M}, ScalarType::Float), rstd = fresh(x, {rows.M}, ScalarType::Float);
   kernels().layer_norm_fwd(pool(), {rows.rows, w.data_ptr(), b ? b->data_ptr() : nullptr, y.data_ptr(), floats(mean),
                                     floats(rstd), rows.M, rows.N, static_cast<float>(eps),
                                     dtype_of(x, "layer_norm_fwd"), parameter_dtype(w, x, "layer_norm_fwd")});
@@ -30,8 +30,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
   require(w.numel() == rows.N && mean.numel() == rows.M && rstd.numel() == rows.M, "layer_norm_bwd",
           "weight must have N elements, mean and rstd one for each row");
   Tensor dx = fresh_like(x, x.scalar_type());
-  Tensor dweight = fresh({rows.N}, w.scalar_type()), dbias = fresh({rows.N}, w.scalar_type());
-  Tensor partial = fresh({row_blocks(rows.M), 2, rows.N}, ScalarType::Float);
+  Tensor dweight = fresh(x, {rows.N}, w.scalar_type()), dbias = fresh(x, {rows.N}, w.scalar_type());
+  Tensor partial = fresh(x, {row_blocks(rows.M), 2, rows.N}, ScalarType::Float);
   kernels().layer_norm_bwd(pool(), {drows.rows, rows.rows, w.data_ptr(), floats(mean), floats(rstd), dx.data_ptr(),
                                     dweight.data_ptr(), dbias.data_ptr(), floats(partial), rows.M, rows.N,
                                     dtype_of(x, "layer_norm_bwd"), parameter_dtype(w, x, "layer_norm_bwd")});

@@ -37,7 +37,7 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 class WeightGradient {
  public:
   WeightGradient(const Tensor& weight, const Tensor& x, int64_t V)
-      : total_(fresh({V, weight.size(1)}, ScalarType::Float)), dtype_(dtype_of(x, "linear_cross_entropy_fwd")) {}
+      : total_(fresh(x, {V, weight.size(1)}, ScalarType::Float)), dtype_(dtype_of(x, "linear_cross_entropy_fwd")) {}
 
   void add(const Tensor& dlogits, const Tensor& x) {
     const Tensor turned = some_rows(dlogits, 0, dlogits.size(0), true);
@@ -86,10 +86,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(const Tensor
   const int64_t at_most = std::max<int64_t>(16, kBytesAtOnce / (V * (x.scalar_type() == ScalarType::Float ? 4 : 2)));
   const int64_t chunks = std::max<int64_t>(1, (M + at_most - 1) / at_most);
   const int64_t chunk = (M + chunks - 1) / chunks;  // all of a size: a small last one would cost as much dweight
-  const Tensor buffer = fresh({chunk, V}, x.scalar_type());
-  const Tensor losses = fresh({M}, ScalarType::Float), stats = fresh({2, chunk}, ScalarType::Float);
+  const Tensor buffer = fresh(x, {chunk, V}, x.scalar_type());
+  const Tensor losses = fresh(x, {M}, ScalarType::Float), stats = fresh(x, {2, chunk}, ScalarType::Float);
   const Tensor columns = some_rows(weight, 0, V, true);
-  Tensor dx = fresh({with_gradient ? M : 0, C}, x.scalar_type());
+  Tensor dx = fresh(x, {with_gradient ? M : 0, C}, x.scalar_type());
   WeightGradient dweight(weight, x, with_gradient ? V : 0);
   for (int64_t start = 0; start < M; start += chunk) {
     const int64_t rows = std::min(chunk, M - start);
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(const Tensor
     multiply(some_rows(dx, start, rows), logits, weight);
     dweight.add(logits, x_rows);
   }
-  return {scalar(mean_loss(floats(losses), M, inverse_count)), scalar(inverse_count), dx, dweight.total()};
+  return {scalar(x, mean_loss(floats(losses), M, inverse_count)), scalar(x, inverse_count), dx, dweight.total()};
 }
 
 }  // namespace

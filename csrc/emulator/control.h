@@ -1,0 +1,59 @@
+// How the emulator is told what to do, and asked what happened: by its Python module and by the sanitizers' driver.
+
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace fastgpt::emulator {
+
+// Which of the threads that could run does.
+enum class Order {
+  in_order,  // by their number; who completes a barrier goes on
+  reversed,
+  random,
+  skewed,  // one warp runs as far ahead of the others as barriers let it
+};
+
+struct Settings {
+  Order order = Order::in_order;
+  bool lazy_copies = false;  // cp_async's data arrives when it is waited for, and not before
+  uint64_t seed = 0;         // of everything that is random: the same seed, the same run
+  int workers = 0;           // OS threads; 0: one for each core
+  bool count_banks = false;  // bank conflicts of lds, sts and cp_async, too (ldmatrix's always are); slow
+};
+
+Settings settings();
+void configure(const Settings& settings);
+
+// What the launches of one kernel did.
+struct Counters {
+  int64_t launches = 0;
+  int64_t blocks = 0;
+  int64_t barriers = 0;  // completed ones of blocks and named ones, not of warps
+  int64_t mma = 0;
+  int64_t ldmatrix = 0;
+  int64_t copies = 0;           // of 16 bytes, asynchronous
+  int64_t shared_accesses = 0;  // lds and sts, by thread
+  int64_t bank_conflicts = 0;   // phases of a warp's access to shared memory beyond those that its size needs
+};
+
+// By kernel, without namespaces: "layer_norm_fwd_kernel<float, float>".
+std::map<std::string, Counters> counters();
+void reset_counters();
+
+// A place that waits: __syncthreads, __syncwarp, bar_sync or cp_async_wait.
+struct Wait {
+  std::string name, file;
+  int line;
+  bool off;
+};
+// Those that have been reached since the program started.
+std::vector<Wait> waits();
+// From now on that wait does nothing: to see whether a test misses it. Throws Error where there is no such wait.
+void switch_off(const std::string& file, int line);
+void switch_all_on();
+
+}  // namespace fastgpt::emulator

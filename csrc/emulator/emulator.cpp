@@ -1,0 +1,1053 @@
+// The emulator: fibers, the schedule, barriers, operations of a warp, and what may be done to shared memory.
+
+#include "emulator.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <unordered_map>
+
+#include "context.h"
+#include "control.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+// This file itself is not instrumented in a ThreadSanitizer build: only the kernels' own accesses are of interest.
+#ifdef FASTGPT_TSAN
+#include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_write16(void* address);
+extern "C" void __tsan_read16(void* address);
+#endif
+
+namespace fastgpt::emulator {
+
+thread_local Thread* current = nullptr;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kMaxSharedBytes = 227 << 10;  // what sm_90 lets a block have
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / 32;
+constexpr int kBarriers = 16;
+
+// ---- places in kernels
+// -------------------------------------------------------------------------------------------------
+
+// A place's number. 0 is no place.
+using SiteId = uint16_t;
+
+struct KnownSite {
+  Site site;
+  std::atomic<const char*> waits{nullptr};  // what waits there, if anything does
+  std::atomic<bool> off{false};
+};
+
+constexpr int kMaxSites = 1 << 14;
+std::array<KnownSite, kMaxSites> known_sites;
+std::atomic<int> known_count{1};
+std::mutex sites_mutex;
+
+SiteId find_site(Site site) {
+  std::lock_guard<std::mutex> lock(sites_mutex);
+  const int count = known_count;
+  for (int i = 1; i < count; ++i) {
+    const Site& other = known_sites[i].site;
+    if (other.line == site.line && (other.file == site.file || strcmp(other.file, site.file) == 0)) return i;
+  }
+  if (count == kMaxSites) throw Error("the emulator knows at most 16383 places in kernels");
+  known_sites[count].site = site;
+  known_count = count + 1;
+  return static_cast<SiteId>(count);
+}
+
+SiteId id_of(Site site) {
+  struct Slot {
+    Site site{nullptr, 0};
+    SiteId id = 0;
+  };
+  thread_local std::array<Slot, 1024> recent;
+  Slot& slot = recent[(reinterpret_cast<uintptr_t>(site.file) / 8 + site.line) % recent.size()];
+  if (slot.site.file != site.file || slot.site.line != site.line) slot = {site, find_site(site)};
+  return slot.id;
+}
+
+// Whether that wait was switched off; makes it known.
+bool is_off(Site site, const char* name) {
+  KnownSite& known = known_sites[id_of(site)];
+  known.waits.store(name, std::memory_order_relaxed);
+  return known.off.load(std::memory_order_relaxed);
+}
+
+const char* base_name(const char* file) {
+  const char* slash = strrchr(file, '/');
+  return slash ? slash + 1 : file;
+}
+
+std::string format_message(const char* format, va_list arguments) {
+  char text[1024];
+  vsnprintf(text, sizeof(text), format, arguments);
+  return text;
+}
+
+__attribute__((format(printf, 1, 2))) std::string formatted(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::string text = format_message(format, arguments);
+  va_end(arguments);
+  return text;
+}
+
+std::string place(Site site) { return formatted("%s:%d", base_name(site.file), site.line); }
+std::string place(SiteId id) { return place(known_sites[id].site); }
+
+// ---- fibers
+// ------------------------------------------------------------------------------------------------------------
+
+struct Block;
+struct Warp;
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool valid;
+  int group;
+  SiteId site;
+};
+
+enum class State { ready, at_barrier, in_collective, done };
+
+struct Fiber : Thread {
+  Context context;
+  char* stack = nullptr;  // above a page that may not be touched
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  State state = State::done;
+  const char* waits_in = "";
+  Site waits_at{"", 0};
+  int barrier = 0;
+  uint32_t priority = 0;
+  std::vector<Copy> copies;  // in flight
+  int group = 0;             // of the copies that no commit has closed yet
+  void* sanitizer = nullptr;
+};
+
+struct Collective {
+  unsigned mask, arrived;
+  const char* name;
+  Site site;
+  void (*compute)(Lanes&, unsigned);
+};
+
+// One warp's access to shared memory, as its lanes come to it.
+struct Request {
+  unsigned mask = 0;
+  uint32_t bytes = 0;
+  std::array<uint32_t, 32> address{};
+};
+struct Requests {
+  std::vector<Request> open;
+  std::array<uint16_t, 32> next{};
+};
+
+struct Warp {
+  int number = 0;
+  unsigned exists = 0, live = 0;
+  Fiber* lane[32] = {};
+  std::vector<Collective> pending;
+  Lanes lanes;
+  // By warp, how much of its past this warp's past includes; its own entry is its clock. Accesses are stamped with the
+  // clock, and a barrier makes the past of all who meet there one.
+  std::array<uint32_t, kMaxWarps> knows{};
+  std::unordered_map<SiteId, Requests> requests;
+  char sanitizer_tag = 0;
+};
+
+struct Barrier {
+  int arrived = 0, count = 0, first = 0;
+  const char* name = "";
+  Site site{"", 0};
+  char sanitizer_tag[2];
+  unsigned generation = 0;
+};
+
+// An access that other threads' accesses are compared with.
+struct Stamp {
+  uint16_t thread;
+  SiteId site;
+  uint32_t clock;
+};
+
+// Two bytes of shared memory. Of several reads that nothing orders, two suffice, of different warps: a write that
+// conflicts with any of the others conflicts with one of these.
+struct Cell {
+  uint32_t run = 0;  // of the block that the rest is about
+  bool in_flight = false;
+  Stamp write{}, reads[2]{};
+};
+
+struct Array {
+  const void* tag = nullptr;
+  unsigned char* data = nullptr;
+  size_t bytes = 0;
+  std::vector<Cell> cells;
+};
+
+Fiber& self() { return *static_cast<Fiber*>(current); }
+
+// ---- a block: one OS thread works through the blocks of a grid with one of these
+// -----------------------------------------
+
+constexpr char kDynamicTag = 0;
+
+struct Block {
+  std::string kernel;
+  void (*body)(void*) = nullptr;
+  void* context = nullptr;
+  dim3 grid, size;
+  uint3 index{};
+  Settings settings;
+  Counters counters;
+
+  int threads = 0, live = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<Fiber*> ready;
+  size_t head = 0;
+  Barrier barriers[kBarriers];
+  std::vector<Array> arrays;
+  size_t dynamic_bytes = 0;
+  uint32_t run = 0;
+  std::mt19937_64 random;
+  std::exception_ptr error;
+  Fiber outside;  // the OS thread's own stack
+  char sanitizer_begin = 0, sanitizer_end = 0;
+
+  ~Block() {
+    for (auto& fiber : fibers) {
+      munmap(fiber->stack - page_size(), kStackBytes + page_size());
+#ifdef FASTGPT_TSAN
+      __tsan_destroy_fiber(fiber->sanitizer);
+#endif
+    }
+    forget_arrays();
+  }
+
+  static size_t page_size() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+
+  void forget_arrays() {
+    for (Array& array : arrays) free(array.data);
+    arrays.clear();
+  }
+
+  void prepare(const std::string& name, dim3 grid_size, dim3 block_size, size_t shared_bytes, void (*run_thread)(void*),
+               void* run_context) {
+    kernel = name;
+    grid = grid_size;
+    size = block_size;
+    body = run_thread;
+    context = run_context;
+    settings = emulator::settings();
+    counters = {};
+    error = nullptr;
+    threads = static_cast<int>(size.x * size.y * size.z);
+    while (fibers.size() < static_cast<size_t>(threads)) add_fiber();
+    while (warps.size() * 32 < static_cast<size_t>(threads)) {
+      warps.push_back(std::make_unique<Warp>());
+      warps.back()->number = static_cast<int>(warps.size()) - 1;
+    }
+    for (auto& warp : warps) warp->exists = 0;
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = *fibers[i];
+      const unsigned at = static_cast<unsigned>(i);
+      fiber.index = {at % size.x, at / size.x % size.y, at / size.x / size.y};
+      fiber.linear = i;
+      fiber.lane = i % 32;
+      fiber.warp = warps[i / 32].get();
+      fiber.warp->lane[i % 32] = &fiber;
+      fiber.warp->exists |= 1u << i % 32;
+      fiber.block_index = &index;
+      fiber.block_dim = &size;
+      fiber.grid_dim = &grid;
+    }
+    forget_arrays();
+    dynamic_bytes = shared_bytes;
+    if (shared_bytes) array_of(&kDynamicTag, shared_bytes);
+  }
+
+  void add_fiber() {
+    auto fiber = std::make_unique<Fiber>();
+    void* memory = mmap(nullptr, kStackBytes + page_size(), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw Error("the emulator has no memory for the stacks of a block's threads");
+    mprotect(memory, page_size(), PROT_NONE);
+    fiber->stack = static_cast<char*>(memory) + page_size();
+    fiber->block = this;
+#ifdef FASTGPT_TSAN
+    fiber->sanitizer = __tsan_create_fiber(0);
+#endif
+    fibers.push_back(std::move(fiber));
+  }
+
+  // -- running
+
+  void run_block(uint3 block_index, uint64_t seed) {
+    index = block_index;
+    ++run;
+    live = threads;
+    ready.clear();
+    head = 0;
+    random.seed(seed);
+    for (Array& array : arrays) memset(array.data, 0xff, array.bytes);  // NaN in every dtype
+    for (Barrier& barrier : barriers) barrier = {};
+    std::array<uint32_t, kMaxWarps> priority;
+    for (uint32_t& p : priority) p = random() % 1000;
+    for (auto& warp : warps) {
+      warp->live = warp->exists;
+      warp->pending.clear();
+      warp->requests.clear();
+      warp->knows.fill(0);
+      warp->knows[warp->number] = 1;
+    }
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = *fibers[settings.order == Order::reversed ? threads - 1 - i : i];
+      fiber.priority = priority[fiber.linear / 32] * 64 + random() % 64;
+      fiber.copies.clear();
+      fiber.group = 0;
+#ifdef __SANITIZE_ADDRESS__
+      __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // an error may have left frames behind
+#endif
+      make_context(fiber.context, fiber.stack, kStackBytes, &Block::enter);
+      wake(fiber);
+    }
+    outside.block = this;
+#ifdef FASTGPT_TSAN
+    outside.sanitizer = __tsan_get_current_fiber();
+    __tsan_release(&sanitizer_begin);
+#endif
+    Thread* before = current;
+    current = &outside;
+    switch_to(*pick());
+    current = before;
+#ifdef FASTGPT_TSAN
+    __tsan_acquire(&sanitizer_end);
+#endif
+    for (auto& warp : warps) close_requests(*warp);
+    ++counters.blocks;
+    if (error) std::rethrow_exception(error);
+  }
+
+  // The first function on a fiber's stack. It never returns: the thread's end switches away from it.
+  static void enter() {
+    landed();
+    Fiber& fiber = self();
+    Block& block = *fiber.block;
+#ifdef FASTGPT_TSAN
+    __tsan_acquire(&block.sanitizer_begin);
+#endif
+    try {
+      block.body(block.context);
+    } catch (...) {
+      block.error = std::current_exception();
+    }
+#ifdef FASTGPT_TSAN
+    __tsan_release(&block.sanitizer_end);
+#endif
+    block.leave(fiber);
+  }
+
+  void leave(Fiber& fiber) {
+    fiber.state = State::done;
+    --live;
+    fiber.warp->live &= ~(1u << fiber.lane);
+    Fiber* next = nullptr;
+    if (!error && live > 0) {
+      try {
+        for (const Collective& pending : fiber.warp->pending) require_lanes(*fiber.warp, pending);
+        for (int id = 0; id < kBarriers; ++id) complete(id);
+        next = pick();
+        if (next == nullptr) fail_deadlock();
+      } catch (...) {
+        error = std::current_exception();
+        next = nullptr;
+      }
+    }
+    switch_to(next ? *next : outside);
+    __builtin_unreachable();
+  }
+
+  void wake(Fiber& fiber) {
+    fiber.state = State::ready;
+    ready.push_back(&fiber);
+  }
+
+  Fiber* pick() {
+    if (head == ready.size()) {
+      ready.clear();
+      head = 0;
+      return nullptr;
+    }
+    size_t choice = head;
+    if (settings.order == Order::random) {
+      choice += random() % (ready.size() - head);
+    } else if (settings.order == Order::skewed) {
+      for (size_t i = head; i < ready.size(); ++i) {
+        if (ready[i]->priority > ready[choice]->priority) choice = i;
+      }
+    }
+    std::swap(ready[head], ready[choice]);
+    Fiber* fiber = ready[head++];
+    if (settings.order == Order::skewed && random() % 1024 == 0) {  // now another warp may lead
+      const uint32_t priority = random() % 1000;
+      for (Fiber* lane : fiber->warp->lane) {
+        if (lane) lane->priority = priority * 64 + lane->priority % 64;
+      }
+    }
+    if (head >= 4096) {
+      ready.erase(ready.begin(), ready.begin() + static_cast<ptrdiff_t>(head));
+      head = 0;
+    }
+    return fiber;
+  }
+
+  // Whether the thread that completes a barrier queues behind those it wakes.
+  bool yields() const { return settings.order != Order::in_order; }
+
+  void wait(Fiber& fiber, State state, const char* name, Site site) {
+    fiber.state = state;
+    fiber.waits_in = name;
+    fiber.waits_at = site;
+  }
+
+  void yield() {
+    Fiber* next = pick();
+    if (next == nullptr) fail_deadlock();
+    if (next != current) switch_to(*next);
+  }
+
+  void switch_to(Fiber& to) {
+    Fiber& from = self();
+    current = &to;
+#ifdef __SANITIZE_ADDRESS__
+    const bool gone = from.state == State::done && &from != &outside;
+    __sanitizer_start_switch_fiber(gone ? nullptr : &from.sanitizer, to.stack ? to.stack : outside_bottom,
+                                   to.stack ? kStackBytes : outside_size);
+#endif
+#ifdef FASTGPT_TSAN
+    __tsan_switch_to_fiber(to.sanitizer, __tsan_switch_to_fiber_no_sync);
+#endif
+    switch_context(from.context, to.context);
+    landed();
+  }
+
+  static void landed() {
+#ifdef __SANITIZE_ADDRESS__
+    const void* bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(self().sanitizer, &bottom, &size);
+    Block& block = *self().block;
+    if (block.outside_bottom == nullptr) {  // the first switch of all comes from the OS thread's stack
+      block.outside_bottom = bottom;
+      block.outside_size = size;
+    }
+#endif
+  }
+  const void* outside_bottom = nullptr;
+  size_t outside_size = 0;
+
+  // -- barriers
+
+  void arrive(int id, int count, const char* name, Site site) {
+    Fiber& fiber = self();
+    if (id < 0 || id >= kBarriers) fail(site, "%s: there is no barrier %d, only 0 to 15", name, id);
+    if (count % 32 != 0 || count > threads) {
+      fail(site, "%s: %d threads are not whole warps of a block of %d", name, count, threads);
+    }
+    Barrier& barrier = barriers[id];
+    if (barrier.arrived && (barrier.site.line != site.line || strcmp(barrier.site.file, site.file) != 0)) {
+      fail(site, "divergent barrier: %s is reached here, while thread %d waits at %s", name, barrier.first,
+           place(barrier.site).c_str());
+    }
+    if (barrier.arrived && barrier.count != count) {
+      fail(site, "%s: thread %d waits here for %d threads, this one for %d", name, barrier.first, barrier.count, count);
+    }
+    if (!barrier.arrived) {
+      barrier.first = fiber.linear;
+      barrier.name = name;
+      barrier.site = site;
+      barrier.count = count;
+    }
+    ++barrier.arrived;
+    fiber.barrier = id;
+    wait(fiber, State::at_barrier, name, site);
+#ifdef FASTGPT_TSAN
+    char* tag = &barrier.sanitizer_tag[barrier.generation % 2];  // who is fast may come to the next one early
+    __tsan_release(tag);
+#endif
+    if (!complete(id) || yields()) yield();
+    fiber.state = State::ready;
+#ifdef FASTGPT_TSAN
+    __tsan_acquire(tag);
+#endif
+  }
+
+  bool complete(int id) {
+    Barrier& barrier = barriers[id];
+    if (barrier.arrived == 0 || barrier.arrived < (barrier.count ? barrier.count : live)) return false;
+    barrier.arrived = 0;
+    ++barrier.generation;
+    ++counters.barriers;
+    std::array<bool, kMaxWarps> met{};
+    std::array<uint32_t, kMaxWarps> past{};
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = *fibers[settings.order == Order::reversed ? threads - 1 - i : i];
+      if (fiber.state != State::at_barrier || fiber.barrier != id) continue;
+      met[fiber.linear / 32] = true;
+      if (&fiber != current || yields()) wake(fiber);
+    }
+    for (auto& warp : warps) {
+      if (!met[warp->number]) continue;
+      close_requests(*warp);
+      ++warp->knows[warp->number];
+      for (int i = 0; i < kMaxWarps; ++i) past[i] = std::max(past[i], warp->knows[i]);
+    }
+    for (auto& warp : warps) {
+      if (met[warp->number]) warp->knows = past;
+    }
+    return true;
+  }
+
+  // -- operations of a warp
+
+  void join(unsigned mask, const void* operand, size_t operand_size, void* result, size_t result_size,
+            void (*compute)(Lanes&, unsigned), const char* name, Site site) {
+    Fiber& fiber = self();
+    Warp& warp = *fiber.warp;
+    mask &= warp.exists;
+    if (!(mask >> fiber.lane & 1)) fail(site, "%s: lane %d is not in its own mask %08x", name, fiber.lane, mask);
+    Collective* mine = nullptr;
+    for (Collective& other : warp.pending) {
+      if (!(other.mask & mask)) continue;
+      if (other.mask != mask || strcmp(other.name, name) != 0 || other.site.line != site.line ||
+          strcmp(other.site.file, site.file) != 0) {
+        fail(site,
+             "mismatched operations of a warp: %s with mask %08x here, while lanes %08x are in %s with mask %08x at %s",
+             name, mask, other.arrived, other.name, other.mask, place(other.site).c_str());
+      }
+      mine = &other;
+    }
+    if (mine == nullptr) {
+      warp.pending.push_back({mask, 0, name, site, compute});
+      mine = &warp.pending.back();
+    }
+    __builtin_memcpy(warp.lanes.in[fiber.lane], operand, operand_size);
+    mine->arrived |= 1u << fiber.lane;
+    require_lanes(warp, *mine);
+    wait(fiber, State::in_collective, name, site);
+#ifdef FASTGPT_TSAN
+    if (compute == nullptr) __tsan_release(&warp.sanitizer_tag);
+#endif
+    if (mine->arrived == mask) {
+      if (compute) {
+        compute(warp.lanes, mask);
+      } else {
+        close_requests(warp);
+        ++warp.knows[warp.number];
+      }
+      warp.pending.erase(warp.pending.begin() + (mine - warp.pending.data()));
+      for (int i = 0; i < 32; ++i) {
+        const int lane = settings.order == Order::reversed ? 31 - i : i;
+        if (mask >> lane & 1 && (lane != fiber.lane || yields())) wake(*warp.lane[lane]);
+      }
+      if (yields()) yield();
+    } else {
+      yield();
+    }
+    fiber.state = State::ready;
+#ifdef FASTGPT_TSAN
+    if (compute == nullptr) __tsan_acquire(&warp.sanitizer_tag);
+#endif
+    __builtin_memcpy(result, warp.lanes.out[fiber.lane], result_size);
+  }
+
+  void require_lanes(const Warp& warp, const Collective& pending) {
+    if (const unsigned gone = pending.mask & ~warp.live) {
+      fail(pending.site, "%s waits for lanes %08x, which have left the kernel", pending.name, gone);
+    }
+  }
+
+  [[noreturn]] void fail_deadlock() {
+    std::string waiting;
+    for (int first = 0; first < threads;) {
+      const Fiber& fiber = *fibers[first];
+      int last = first;
+      while (last + 1 < threads && fibers[last + 1]->state == fiber.state &&
+             (fiber.state == State::done || (fibers[last + 1]->waits_at.line == fiber.waits_at.line &&
+                                             fibers[last + 1]->waits_at.file == fiber.waits_at.file))) {
+        ++last;
+      }
+      if (waiting.size() < 600) {
+        waiting += formatted("; threads %d to %d ", first, last);
+        waiting += fiber.state == State::done
+                       ? "have left"
+                       : formatted("wait in %s at %s", fiber.waits_in, place(fiber.waits_at).c_str());
+      }
+      first = last + 1;
+    }
+    const Fiber& fiber = self();
+    fail(fiber.waits_at, "deadlock: no thread of the block can go on%s", waiting.c_str());
+  }
+
+  // -- shared memory
+
+  void* array_of(const void* tag, size_t bytes) {
+    size_t total = bytes;
+    for (Array& array : arrays) {
+      if (array.tag == tag) return array.data;
+      total += array.bytes;
+    }
+    if (total > kMaxSharedBytes) {
+      throw Error(formatted("%s: %zu bytes of shared memory are more than a block can have (%zu)", kernel.c_str(),
+                            total, kMaxSharedBytes));
+    }
+    // Of exact size, and each on its own: AddressSanitizer sees what goes beyond.
+    Array array{tag, nullptr, bytes, std::vector<Cell>((bytes + 1) / 2)};
+    void* data = nullptr;
+    if (posix_memalign(&data, 1024, bytes) != 0) throw Error("the emulator has no memory for a block's shared memory");
+    array.data = static_cast<unsigned char*>(data);
+    memset(array.data, 0xff, bytes);
+    arrays.push_back(std::move(array));
+    return data;
+  }
+
+  bool ordered(const Stamp& stamp, const Fiber& fiber) const {
+    return stamp.site == 0 || stamp.thread == fiber.linear || fiber.warp->knows[stamp.thread / 32] > stamp.clock;
+  }
+
+  Stamp stamp(const Fiber& fiber, SiteId site) const {
+    return {static_cast<uint16_t>(fiber.linear), site, fiber.warp->knows[fiber.warp->number]};
+  }
+
+  // The cells of [p, p + bytes), those of earlier blocks wiped.
+  Cell* cells(const void* p, size_t bytes, const char* name, Site site) {
+    const auto* at = static_cast<const unsigned char*>(p);
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+      fail(site, "%s: %zu bytes at an address that is not a multiple of %zu", name, bytes, bytes);
+    }
+    for (Array& array : arrays) {
+      if (at < array.data || at >= array.data + array.bytes) continue;
+      const size_t offset = static_cast<size_t>(at - array.data);
+      if (offset + bytes > array.bytes) break;
+      Cell* first = &array.cells[offset / 2];
+      for (size_t i = 0; i < (bytes + 1) / 2; ++i) {
+        if (first[i].run != run) {
+          first[i] = {};
+          first[i].run = run;
+        }
+      }
+      return first;
+    }
+    std::string nearest;
+    for (const Array& array : arrays) {
+      const ptrdiff_t offset = at - array.data;
+      if (offset >= -4096 && offset < static_cast<ptrdiff_t>(array.bytes) + 4096) {
+        nearest = formatted(" (at byte %td of an array of %zu)", offset, array.bytes);
+      }
+    }
+    fail(site, "%s: %zu bytes out of the bounds of the block's shared memory%s", name, bytes, nearest.c_str());
+  }
+
+  void check(const void* p, size_t bytes, Access access, const char* name, Site site) {
+    Fiber& fiber = self();
+    Cell* cell = cells(p, bytes, name, site);
+    const Stamp now = stamp(fiber, id_of(site));
+    for (size_t i = 0; i < (bytes + 1) / 2; ++i) {
+      Cell& c = cell[i];
+      if (c.in_flight) {
+        fail(site, "%s: the asynchronous copy that thread %d started at %s has not been waited for", name,
+             c.write.thread, place(c.write.site).c_str());
+      }
+      if (access == Access::read) {
+        if (c.write.site == 0) fail(site, "%s reads uninitialised shared memory", name);
+        if (!ordered(c.write, fiber)) fail_race(name, "reads", c.write, "wrote", site);
+        note_read(c, now, fiber);
+      } else {
+        if (!ordered(c.write, fiber)) fail_race(name, "writes", c.write, "wrote", site);
+        for (const Stamp& read : c.reads) {
+          if (!ordered(read, fiber)) fail_race(name, "writes", read, "read", site);
+        }
+        c.write = now;
+        c.reads[0] = c.reads[1] = {};
+      }
+    }
+  }
+
+  void note_read(Cell& c, Stamp now, const Fiber& fiber) {
+    if (ordered(c.reads[0], fiber)) {
+      c.reads[0] = now;
+    } else if (ordered(c.reads[1], fiber)) {
+      c.reads[1] = now;
+    } else if (c.reads[0].thread / 32 == c.reads[1].thread / 32) {
+      c.reads[1] = now;
+    }
+  }
+
+  [[noreturn]] void fail_race(const char* name, const char* does, Stamp other, const char* did, Site site) {
+    fail(site, "race: %s %s shared memory that thread %d %s at %s, and no barrier lies between", name, does,
+         other.thread, did, place(other.site).c_str());
+  }
+
+  // -- asynchronous copies
+
+  void start_copy(void* to, const void* from, bool valid, Site site) {
+    Fiber& fiber = self();
+    if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+      fail(site, "cp_async_16: the source is not aligned to 16 bytes");
+    }
+    check(to, 16, Access::write, "cp_async_16", site);
+    Cell* cell = cells(to, 16, "cp_async_16", site);
+    for (int i = 0; i < 8; ++i) cell[i].in_flight = true;
+    const Copy copy{to, from, valid, fiber.group, id_of(site)};
+    if (settings.lazy_copies) {
+      memset(to, 0xff, 16);
+    } else {
+      land(copy);
+    }
+    fiber.copies.push_back(copy);
+    ++counters.copies;
+  }
+
+  static void land(const Copy& copy) {
+#ifdef FASTGPT_TSAN
+    if (copy.valid) __tsan_read16(const_cast<void*>(copy.from));
+    __tsan_write16(copy.to);
+#endif
+    if (copy.valid) {
+      __builtin_memcpy(copy.to, copy.from, 16);
+    } else {
+      __builtin_memset(copy.to, 0, 16);
+    }
+  }
+
+  void finish_copies(int pending, Site site) {
+    Fiber& fiber = self();
+    size_t kept = 0;
+    for (const Copy& copy : fiber.copies) {
+      if (copy.group >= fiber.group - pending) {
+        fiber.copies[kept++] = copy;
+        continue;
+      }
+      if (settings.lazy_copies) land(copy);
+      Cell* cell = cells(copy.to, 16, "cp_async_wait", site);
+      for (int i = 0; i < 8; ++i) {
+        cell[i].in_flight = false;
+        cell[i].write = stamp(fiber, copy.site);
+      }
+    }
+    fiber.copies.resize(kept);
+  }
+
+  // -- bank conflicts
+
+  // Lanes come to an access one after the other: the n-th time that a lane is at this place since the warp last waited
+  // belongs to the n-th request of the warp there.
+  void note_request(const void* p, size_t bytes, SiteId site) {
+    Fiber& fiber = self();
+    Requests& requests = fiber.warp->requests[site];
+    const size_t at = requests.next[fiber.lane]++;
+    if (at == requests.open.size()) requests.open.emplace_back();
+    Request& request = requests.open[at];
+    request.mask |= 1u << fiber.lane;
+    request.bytes = static_cast<uint32_t>(bytes);
+    request.address[fiber.lane] = bank_address(p);
+  }
+
+  // Where shared memory's arrays begin a line of all banks, as they do here, the address within the array will do.
+  static uint32_t bank_address(const void* p) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)); }
+
+  void close_requests(Warp& warp) {
+    for (auto& [site, requests] : warp.requests) {
+      for (const Request& request : requests.open) {
+        const int lanes = request.bytes <= 4 ? 32 : 128 / static_cast<int>(request.bytes);
+        for (int first = 0; first < 32; first += lanes) {
+          counters.bank_conflicts +=
+              conflicts(request.address.data() + first, request.mask >> first, lanes, request.bytes);
+        }
+      }
+    }
+    warp.requests.clear();
+  }
+
+  // How many more passes than one the 32 banks of 4 bytes need for these lanes. Lanes that read the same word share it.
+  static int conflicts(const uint32_t* address, unsigned mask, int lanes, uint32_t bytes) {
+    uint32_t words[32][32];
+    int count[32] = {};
+    for (int lane = 0; lane < lanes; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      for (uint32_t word = address[lane] / 4; word <= (address[lane] + bytes - 1) / 4; ++word) {
+        const int bank = static_cast<int>(word % 32);
+        if (std::find(words[bank], words[bank] + count[bank], word) == words[bank] + count[bank]) {
+          words[bank][count[bank]++] = word;
+        }
+      }
+    }
+    return std::max(1, *std::max_element(count, count + 32)) - 1;
+  }
+};
+
+// ---- the state of the emulator
+// -----------------------------------------------------------------------------------------
+
+std::mutex state_mutex;
+Settings current_settings;
+std::map<std::string, Counters> kernel_counters;
+std::vector<std::unique_ptr<Block>> idle_blocks;
+
+std::unique_ptr<Block> take_block() {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  if (idle_blocks.empty()) return std::make_unique<Block>();
+  auto block = std::move(idle_blocks.back());
+  idle_blocks.pop_back();
+  return block;
+}
+
+void give_back(std::unique_ptr<Block> block) {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  Counters& total = kernel_counters[block->kernel];
+  const Counters& more = block->counters;
+  total.blocks += more.blocks;
+  total.barriers += more.barriers;
+  total.mma += more.mma;
+  total.ldmatrix += more.ldmatrix;
+  total.copies += more.copies;
+  total.shared_accesses += more.shared_accesses;
+  total.bank_conflicts += more.bank_conflicts;
+  idle_blocks.push_back(std::move(block));
+}
+
+// "ns::softmax_fwd_kernel<float>" from "... [with auto kKernel = ns::softmax_fwd_kernel<float>; Args = ...]".
+std::string kernel_name(const char* signature) {
+  const std::string text = signature, key = "kKernel = ";
+  size_t begin = text.find(key);
+  if (begin == std::string::npos) return text;
+  begin += key.size();
+  if (text[begin] == '&') ++begin;
+  int depth = 0;
+  size_t end = begin, name = begin;
+  for (; end < text.size(); ++end) {
+    const char c = text[end];
+    if (depth == 0 && (c == ';' || c == ',' || c == ']')) break;
+    if (c == '<' || c == '(' || c == '{') ++depth;
+    if (c == '>' || c == ')' || c == '}') --depth;
+    if (depth == 0 && c == ':' && text[end + 1] != ':') name = end + 1;
+  }
+  return text.substr(name, end - name);
+}
+
+std::string coordinates(const uint3& at) { return formatted("(%u, %u, %u)", at.x, at.y, at.z); }
+
+const char* name_of(Order order) {
+  switch (order) {
+    case Order::in_order:
+      return "in_order";
+    case Order::reversed:
+      return "reversed";
+    case Order::random:
+      return "random";
+    case Order::skewed:
+      return "skewed";
+  }
+  return "";
+}
+
+}  // namespace
+
+void fail(Site site, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  const std::string what = format_message(format, arguments);
+  va_end(arguments);
+  const Fiber& fiber = self();
+  const Block& block = *fiber.block;
+  throw Error(place(site) + ": " + what + " [kernel " + block.kernel + ", block " + coordinates(block.index) +
+              ", thread " + coordinates(fiber.index) + "; order " + name_of(block.settings.order) + ", copies " +
+              (block.settings.lazy_copies ? "lazy" : "eager") + ", seed " + std::to_string(block.settings.seed) + "]");
+}
+
+void barrier(int id, int count, const char* name, Site site) {
+  if (!is_off(site, name)) self().block->arrive(id, count, name, site);
+}
+
+void sync_warp(unsigned mask, Site site) {
+  char nothing[1] = {};
+  if (!is_off(site, "__syncwarp")) self().block->join(mask, nothing, 0, nothing, 0, nullptr, "__syncwarp", site);
+}
+
+void collective(unsigned mask, const void* operand, size_t operand_size, void* result, size_t result_size,
+                void (*compute)(Lanes&, unsigned), const char* name, Site site) {
+  self().block->join(mask, operand, operand_size, result, result_size, compute, name, site);
+}
+
+void* shared_array(const void* tag, size_t bytes) { return self().block->array_of(tag, bytes); }
+
+void* dynamic_shared() {
+  Block& block = *self().block;
+  return block.dynamic_bytes ? block.array_of(&kDynamicTag, 0) : nullptr;
+}
+
+void check_shared(const void* p, size_t bytes, Access access, const char* name, Site site) {
+  Block& block = *self().block;
+  block.check(p, bytes, access, name, site);
+  ++block.counters.shared_accesses;
+  if (block.settings.count_banks) block.note_request(p, bytes, id_of(site));
+}
+
+void check_global(const void* p, size_t bytes, const char* name, Site site) {
+  if (p == nullptr) fail(site, "%s: the address is null", name);
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    fail(site, "%s: %zu bytes at an address that is not a multiple of %zu", name, bytes, bytes);
+  }
+}
+
+void copy_async(void* to, const void* from, bool valid, Site site) {
+  Block& block = *self().block;
+  block.start_copy(to, from, valid, site);
+  if (block.settings.count_banks) block.note_request(to, 16, id_of(site));
+}
+
+void commit_async() { ++self().group; }
+
+void wait_async(int pending, Site site) {
+  if (!is_off(site, "cp_async_wait")) self().block->finish_copies(pending, site);
+}
+
+void count_matrix_rows(const void* const rows[32]) {
+  Counters& counters = self().block->counters;
+  ++counters.ldmatrix;
+  uint32_t address[32];
+  for (int lane = 0; lane < 32; ++lane) address[lane] = Block::bank_address(rows[lane]);
+  for (int first = 0; first < 32; first += 8) {
+    counters.bank_conflicts += Block::conflicts(address + first, ~0u, 8, 16);
+  }
+}
+
+void count_mma() { ++self().block->counters.mma; }
+
+void launch(const char* signature, dim3 grid, dim3 block_size, size_t shared_bytes, void (*body)(void*),
+            void* context) {
+  const std::string name = kernel_name(signature);
+  const uint64_t threads = uint64_t{block_size.x} * block_size.y * block_size.z;
+  if (threads == 0 || threads > kMaxThreads || block_size.z > 64) {
+    throw Error(formatted("%s: a block of (%u, %u, %u) threads is not possible", name.c_str(), block_size.x,
+                          block_size.y, block_size.z));
+  }
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    throw Error(formatted("%s: a grid of (%u, %u, %u) blocks is not possible", name.c_str(), grid.x, grid.y, grid.z));
+  }
+  const int64_t total = int64_t{grid.x} * grid.y * grid.z;
+  if (total == 0) return;
+  const Settings now = settings();
+  {
+    std::lock_guard<std::mutex> lock(state_mutex);
+    ++kernel_counters[name].launches;
+  }
+  std::vector<int64_t> shuffled;
+  if (now.order == Order::random || now.order == Order::skewed) {
+    shuffled.resize(static_cast<size_t>(total));
+    for (int64_t i = 0; i < total; ++i) shuffled[static_cast<size_t>(i)] = i;
+    std::shuffle(shuffled.begin(), shuffled.end(), std::mt19937_64(now.seed));
+  }
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  auto work = [&] {
+    auto block = take_block();
+    try {
+#ifdef __SANITIZE_ADDRESS__
+      block->outside_bottom = nullptr;  // it may be another OS thread's this time
+#endif
+      block->prepare(name, grid, block_size, shared_bytes, body, context);
+      for (int64_t i; (i = next++) < total;) {
+        const int64_t at = now.order == Order::reversed ? total - 1 - i
+                           : shuffled.empty()           ? i
+                                                        : shuffled[static_cast<size_t>(i)];
+        const uint3 index{static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                          static_cast<unsigned>(at / grid.x / grid.y)};
+        block->run_block(index, now.seed * 0x9e3779b97f4a7c15ull + static_cast<uint64_t>(at));
+      }
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+      next = total;
+    }
+    give_back(std::move(block));
+  };
+  const int64_t cores = now.workers > 0 ? now.workers : std::max(1u, std::thread::hardware_concurrency());
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < std::min(cores, total); ++i) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+  if (error) std::rethrow_exception(error);
+}
+
+// ---- control
+// -----------------------------------------------------------------------------------------------------------
+
+Settings settings() {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  return current_settings;
+}
+
+void configure(const Settings& wanted) {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  current_settings = wanted;
+}
+
+std::map<std::string, Counters> counters() {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  return kernel_counters;
+}
+
+void reset_counters() {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  kernel_counters.clear();
+}
+
+std::vector<Wait> waits() {
+  std::vector<Wait> found;
+  for (int i = 1; i < known_count; ++i) {
+    const KnownSite& known = known_sites[static_cast<size_t>(i)];
+    if (const char* name = known.waits) found.push_back({name, base_name(known.site.file), known.site.line, known.off});
+  }
+  return found;
+}
+
+void switch_off(const std::string& file, int line) {
+  for (int i = 1; i < known_count; ++i) {
+    KnownSite& known = known_sites[static_cast<size_t>(i)];
+    if (known.waits && known.site.line == line && file == base_name(known.site.file)) {
+      known.off = true;
+      return;
+    }
+  }
+  throw Error(formatted("no wait at %s:%d has been reached", file.c_str(), line));
+}
+
+void switch_all_on() {
+  for (int i = 1; i < known_count; ++i) known_sites[static_cast<size_t>(i)].off = false;
+}
+
+}  // namespace fastgpt::emulator
