@@ -4,9 +4,9 @@ PYTHON ?= python3
 STAGE ?= test
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test test-full wheel sanitize kernel-table bench-cpu lint format gpu-check clean
+.PHONY: train test test-full wheel sanitize kernel-table cuda-table bench-cpu lint format gpu-check clean
 
 train: $(VENV)/built
 	$(BIN)/fastgpt train $(ARGS)
@@ -30,6 +30,10 @@ sanitize: $(VENV)/installed
 # What the Triton kernels compile to, into docs/kernels.md: three chips, no GPU, a few minutes.
 kernel-table: $(VENV)/installed
 	$(BIN)/python tests/triton_matrix.py --doc docs/kernels.md
+
+# What the CUDA kernels compile to, into docs/cuda.md: two chips, no GPU, a few minutes of nvcc.
+cuda-table: $(VENV)/installed
+	$(BIN)/python tests/cuda_compile.py --doc docs/cuda.md
 
 # Every mark of the CPU kernels, in some minutes on an idle machine: `make bench-cpu ARGS='--only attention --json'`.
 bench-cpu: $(VENV)/built
