@@ -8,7 +8,6 @@ Nothing falls back silently: a named backend that cannot run raises its reason, 
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -63,9 +62,9 @@ class Entry:
 
     ``fn`` is a function of the op's arguments, or the ``Kernels`` that the op's own ``autograd.Function`` puts
     together. ``limit`` gets the op's arguments and returns why they are out of reach, or None; ``yields`` gets them and
-    says whether "auto" leaves them to the next backend of its order, which was measured to be faster. ``note`` is a
-    sentence about the entry that ``explain`` prints, ``hint`` one that is added to the reason where it does not take a
-    device.
+    says whether "auto" leaves them to the next backend of its order, which was measured to be faster. ``gpu_limit``
+    gets a GPU's number and returns why that one cannot run the kernels, or None. ``note`` is a sentence about the entry
+    that ``explain`` prints, ``hint`` one that is added to the reason where it does not take a device.
     """
 
     fn: Callable[..., Any] | Kernels
@@ -73,6 +72,7 @@ class Entry:
     dtypes: tuple[torch.dtype, ...] = _HALF_AND_SINGLE
     limit: Callable[..., str | None] | None = None
     yields: Callable[..., bool] | None = None
+    gpu_limit: Callable[[int], str | None] | None = None
     note: str = ""
     hint: str = ""
 
@@ -263,6 +263,11 @@ def reason_against(
         return f"it takes {_listed(entry.device_types)} tensors, not {device_type}{entry.hint}"
     if dtype not in entry.dtypes:
         return f"it takes {_listed([_dtype_name(d) for d in entry.dtypes])}, not {_dtype_name(dtype)}"
+    if entry.gpu_limit is not None:
+        index = torch.cuda.current_device() if args is None else _leading_tensor(args).device.index
+        reason = entry.gpu_limit(index)
+        if reason is not None:
+            return reason
     if entry.limit is not None and args is not None:
         return entry.limit(*args)
     return None
@@ -373,17 +378,15 @@ _LEFT_TO_TORCH: dict[str, tuple[Callable[..., bool], str]] = {
 }
 
 
-def _on_extension(op: str, namespace: str) -> Callable[..., Any] | Kernels:
+def _on_extension(op: str, library: extension.Library) -> Callable[..., Any] | Kernels:
     """What runs ``op`` on the kernels of one of the extension's libraries."""
     in_place = {"adamw_": (0, 2, 3), "clip_grad_norm_": (0,)}
-    if op in in_place:
-        return extension.op_in_place(op, in_place[op], namespace)
-    return _on_kernels(op, functools.partial(extension.op, namespace=namespace))
+    return library.op_in_place(op, in_place[op]) if op in in_place else _on_kernels(op, library.op)
 
 
 def _register_cpp() -> None:
     """The extension's kernels for CPU tensors."""
-    missing = extension.missing()
+    missing = extension.cpp_missing()
     if missing is not None:
         mark_absent("cpp", missing)
         return
@@ -391,7 +394,7 @@ def _register_cpp() -> None:
     preferred = extension.isa() != "baseline"
     PREFERRED["cpu"] = ("cpp", *PREFERRED["cpu"]) if preferred else (*PREFERRED["cpu"], "cpp")
     for op in OPS:
-        fn = _on_extension(op, extension.NAMESPACE)
+        fn = _on_extension(op, extension.cpu)
         yields, what = _LEFT_TO_TORCH.get(op, (None, ""))
         note = f"{extension.isa()} kernels" + (f"; auto leaves to torch: {what}" if what else "")
         register("cpp", op, Entry(fn, ("cpu",), yields=yields, note=note))
@@ -399,16 +402,22 @@ def _register_cpp() -> None:
 
 def _register_cuda() -> None:
     """The extension's kernels for CUDA tensors; in the emulator, for CPU tensors."""
-    if not emulator.requested():
-        return
-    missing = emulator.missing()
+    emulating = emulator.requested()
+    missing = emulator.missing() if emulating else extension.cuda_missing()
     if missing is not None:
         mark_absent("cuda", missing)
         return
-    emulator.load_with_first_op()
+    if emulating:
+        emulator.load_with_first_op()
     limits = {"attention": _head_size_limit, "attention_qkvpacked": _head_size_limit}
     for op in OPS:
-        register("cuda", op, Entry(_on_extension(op, extension.CUDA_NAMESPACE), ("cpu",), limit=limits.get(op)))
+        fn, limit = _on_extension(op, extension.cuda), limits.get(op)
+        if emulating:
+            entry = Entry(fn, ("cpu",), limit=limit)
+        else:
+            hint = " (with FASTGPT_EMULATE=1 its emulator runs it on cpu tensors)"
+            entry = Entry(fn, ("cuda",), limit=limit, gpu_limit=extension.gpu_error, hint=hint)
+        register("cuda", op, entry)
 
 
 _register_triton()

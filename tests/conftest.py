@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    missing = extension.missing()
+    missing = extension.cpp_missing()
     if missing is not None and "cpp" in params.values():
         pytest.skip(missing)
 
