@@ -50,8 +50,11 @@ format: $(VENV)/installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# Nothing is installed, and nothing downloaded: links in a passing folder put the package together as setuptools would.
+# Nothing is installed, and nothing downloaded: the extension is built in place, for this machine's GPUs, and links in a
+# passing folder put the package together as setuptools would.
 gpu-check:
+	@archs="$(GPU_ARCHS)"; test -z "$$archs" || \
+	FASTGPT_CUDA=1 TORCH_CUDA_ARCH_LIST="$$archs" $(PYTHON) setup.py --quiet build_ext --inplace
 	@tree=$$(mktemp -d) && trap 'rm -rf "$$tree"' EXIT HUP INT TERM && \
 	cp -rs "$(CURDIR)/fastgpt" "$$tree/" && \
 	cp -rs "$(CURDIR)/benchmarks" "$(CURDIR)/triton_kernels" "$(CURDIR)/csrc" "$$tree/fastgpt/" && \
@@ -66,9 +69,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	    --editable '.[test]'
 	touch $@
 
+# Compute capabilities of this machine's GPUs.
+GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]$$' | sort -u)
+
 # Only what changed is compiled. Where there is no extension to be had, fastgpt works without, and the next make tries
 # again. The CUDA kernels take minutes: they are compiled for the GPUs of this machine, and where it has none, not at all.
-$(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]$$' | sort -u)
+$(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= $(GPU_ARCHS)
 $(VENV)/built: export FASTGPT_CUDA ?= $(if $(strip $(TORCH_CUDA_ARCH_LIST)),auto,0)
 $(VENV)/built: $(VENV)/installed setup.py $(shell find csrc)
 	$(BIN)/python setup.py --quiet build_ext --inplace

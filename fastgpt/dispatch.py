@@ -64,7 +64,8 @@ class Entry:
     together. ``limit`` gets the op's arguments and returns why they are out of reach, or None; ``yields`` gets them and
     says whether "auto" leaves them to the next backend of its order, which was measured to be faster. ``gpu_limit``
     gets a GPU's number and returns why that one cannot run the kernels, or None. ``note`` is a sentence about the entry
-    that ``explain`` prints, ``hint`` one that is added to the reason where it does not take a device.
+    that ``explain`` prints, ``hint`` one that is added to the reason where it does not take a device, and ``how`` says
+    what takes the place of hardware that is not there.
     """
 
     fn: Callable[..., Any] | Kernels
@@ -75,10 +76,11 @@ class Entry:
     gpu_limit: Callable[[int], str | None] | None = None
     note: str = ""
     hint: str = ""
+    how: str = ""
 
 
 _table: dict[str, dict[str, Entry]] = {op: {} for op in OPS}
-_absent: dict[str, str] = {"cuda": "this version of fastgpt does not include the cuda backend"}
+_absent: dict[str, str] = {}
 
 
 def register(backend: str, op: str, entry: Entry) -> None:
@@ -287,13 +289,15 @@ def explain(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> lis
             able = [b for b in PREFERRED.get(device_type, ()) if reasons[b] is None]
             chosen = able[0] if able else None
             why = f"auto prefers it on {device_type}" if able else "no backend can run here"
-            passed_over = f"it can run, but auto prefers {chosen} on {device_type}"
+            passed_over = f"auto prefers {chosen} on {device_type}"
         else:
             chosen = name if reasons[name] is None else None
             why = "chosen by " + ("use_backend" if _state.choice else "FASTGPT_BACKEND")
-            passed_over = f"it can run, but {name} was chosen"
-        others = {b: reason or passed_over for b, reason in reasons.items() if b != chosen}
-        note = _table[op][chosen].note if chosen else ""
+            passed_over = f"{name} was chosen"
+        hows = {b: entry.how for b, entry in _table[op].items()}
+        able_but = {b: f"it can run{', ' * bool(how)}{how}, but {passed_over}" for b, how in hows.items()}
+        others = {b: reason or able_but[b] for b, reason in reasons.items() if b != chosen}
+        note = "; ".join(filter(None, (hows[chosen], _table[op][chosen].note))) if chosen else ""
         rows.append({"op": op, "backend": chosen, "why": why, "note": note, "others": others})
     return rows
 
@@ -345,10 +349,11 @@ def _register_triton() -> None:
     interpreting = triton_library.interpreting()
     device_types = ("cpu",) if interpreting else ("cuda",)
     hint = "" if interpreting else " (with TRITON_INTERPRET=1 its interpreter runs it on cpu tensors)"
+    how = "in Triton's interpreter" if interpreting else ""
     limits = {"attention": _head_size_limit, "attention_qkvpacked": _head_size_limit}
     for op in OPS:
         fn = _on_kernels(op, triton_library.op)
-        register("triton", op, Entry(fn, device_types, limit=limits.get(op), hint=hint))
+        register("triton", op, Entry(fn, device_types, limit=limits.get(op), hint=hint, how=how))
 
 
 def _head_size_limit(x: torch.Tensor, *_: Any) -> str | None:
@@ -400,12 +405,15 @@ def _register_cpp() -> None:
         register("cpp", op, Entry(fn, ("cpu",), yields=yields, note=note))
 
 
+_EMULATOR_HINT = " (with FASTGPT_EMULATE=1 the emulator runs it on cpu tensors)"
+
+
 def _register_cuda() -> None:
     """The extension's kernels for CUDA tensors; in the emulator, for CPU tensors."""
     emulating = emulator.requested()
     missing = emulator.missing() if emulating else extension.cuda_missing()
     if missing is not None:
-        mark_absent("cuda", missing)
+        mark_absent("cuda", missing if emulating else missing + _EMULATOR_HINT)
         return
     if emulating:
         emulator.load_with_first_op()
@@ -413,10 +421,10 @@ def _register_cuda() -> None:
     for op in OPS:
         fn, limit = _on_extension(op, extension.cuda), limits.get(op)
         if emulating:
-            entry = Entry(fn, ("cpu",), limit=limit)
+            how = f"in the emulator, built with CUDA's headers in {' and '.join(map(str, emulator.headers()))}"
+            entry = Entry(fn, ("cpu",), limit=limit, how=how)
         else:
-            hint = " (with FASTGPT_EMULATE=1 its emulator runs it on cpu tensors)"
-            entry = Entry(fn, ("cuda",), limit=limit, gpu_limit=extension.gpu_error, hint=hint)
+            entry = Entry(fn, ("cuda",), limit=limit, gpu_limit=extension.gpu_error, hint=_EMULATOR_HINT)
         register("cuda", op, entry)
 
 

@@ -125,10 +125,14 @@ def cuda_missing() -> str | None:
     return cuda.load() or ("torch sees no GPU" if torch.cuda.device_count() == 0 else None)
 
 
-@torch.compiler.assume_constant_result  # torch.compile would trace through a cache alone
 def gpu_error(index: int = 0) -> str | None:
     """Why that GPU cannot run the library, which is there, or None. Initialises CUDA."""
     return _gpu_error(index)
+
+
+# torch.compile would trace through a cache alone. This is all that torch.compiler.assume_constant_result does, and that
+# takes two seconds to import what compiles.
+gpu_error._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -16,6 +16,7 @@ if INTERPRETING:
     os.environ["FASTGPT_EMULATE"] = "1"
 
 from fastgpt import dispatch, extension  # noqa: E402 (Triton's environment comes first)
+from fastgpt.dispatch import Entry  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,6 +67,15 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_table(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Entry]]:
+    """Copies of the table and of the list of absent backends, so that what a test does to them is undone."""
+    table = {op: dict(entries) for op, entries in dispatch._table.items()}
+    monkeypatch.setattr(dispatch, "_table", table)
+    monkeypatch.setattr(dispatch, "_absent", dict(dispatch._absent))
+    return table
 
 
 @pytest.fixture
