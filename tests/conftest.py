@@ -15,7 +15,7 @@ if INTERPRETING:
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["FASTGPT_EMULATE"] = "1"
 
-from fastgpt import dispatch, extension  # noqa: E402 (Triton's environment comes first)
+from fastgpt import dispatch  # noqa: E402 (Triton's environment comes first)
 from fastgpt.dispatch import Entry  # noqa: E402
 
 
@@ -39,9 +39,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    missing = extension.cpp_missing()
-    if missing is not None and "cpp" in params.values():
-        pytest.skip(missing)
+    for value in params.values():
+        if isinstance(value, str) and value in dispatch._absent:
+            pytest.skip(dispatch._absent[value])
 
 
 def preferred_on_cpu() -> str:
