@@ -52,6 +52,28 @@ struct LayerNormBwd {
 void layer_norm_fwd(const LayerNormFwd& a, cudaStream_t stream);
 void layer_norm_bwd(const LayerNormBwd& a, cudaStream_t stream);
 
+struct SoftmaxFwd {
+  Rows x;   // (M, N)
+  void* y;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;  // rows of one causal matrix, or 0 where nothing is masked
+  float scale;
+  Dtype dtype;
+};
+
+struct SoftmaxBwd {
+  Rows dy;   // (M, N)
+  Rows y;    // (M, N)
+  void* dx;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;
+  float scale;
+  Dtype dtype;
+};
+
+void softmax_fwd(const SoftmaxFwd& a, cudaStream_t stream);
+void softmax_bwd(const SoftmaxBwd& a, cudaStream_t stream);
+
 // How many blocks share M rows where each keeps a sum over its rows: by M alone, so that the sums have the same bits on
 // every GPU. 512 fill a large one (132 to 148 multiprocessors) three to four times; with fewer than 8 rows to a block,
 // its sums would be a good part of what it moves.
