@@ -9,9 +9,10 @@
 
 namespace fastgpt::cuda {
 
-// e^x for rows of T. One instruction in half precision, where nothing is left of its 2 ulp but in cross_entropy's loss:
-// of the sum of exponentials it falsifies all but the largest, which is exactly 1, and so the loss, their logarithm, by
-// no more than 2^-22 of itself. In fp32 a row has half the elements to a byte, and time for expf.
+// e^x where tensors are of T. In half precision one instruction, off by 2 ulp and by what the product rounds off: that
+// shows in no result but cross_entropy's loss, which is fp32. Of the sum of exponentials it falsifies all but the
+// largest, which is exactly 1, and so the loss, their logarithm, by about 2^-22 of itself. In fp32 a row has half the
+// elements to a byte, and time for expf.
 template <class T>
 FASTGPT_PRIM float exponential(float x) {
   if constexpr (std::is_same_v<T, float>) {
