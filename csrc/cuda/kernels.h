@@ -100,6 +100,16 @@ struct GeluBwd {
 void gelu_fwd(const GeluFwd& a, cudaStream_t stream);
 void gelu_bwd(const GeluBwd& a, cudaStream_t stream);
 
+struct Dropout {
+  const void* x;  // (n,), contiguous: the input, or the gradient of the output
+  void* y;        // (n,)
+  int64_t n;
+  Drop drop;
+  Dtype dtype;
+};
+
+void dropout(const Dropout& a, cudaStream_t stream);
+
 // How many blocks share M rows where each keeps a sum over its rows: by M alone, so that the sums have the same bits on
 // every GPU. 512 fill a large one (132 to 148 multiprocessors) three to four times; with fewer than 8 rows to a block,
 // its sums would be a good part of what it moves.
