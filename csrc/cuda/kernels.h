@@ -52,6 +52,64 @@ struct LayerNormBwd {
 void layer_norm_fwd(const LayerNormFwd& a, cudaStream_t stream);
 void layer_norm_bwd(const LayerNormBwd& a, cudaStream_t stream);
 
+struct SoftmaxFwd {
+  Rows x;   // (M, N)
+  void* y;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;  // rows of one causal matrix, or 0 where nothing is masked
+  float scale;
+  Dtype dtype;
+};
+
+struct SoftmaxBwd {
+  Rows dy;   // (M, N)
+  Rows y;    // (M, N)
+  void* dx;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;
+  float scale;
+  Dtype dtype;
+};
+
+void softmax_fwd(const SoftmaxFwd& a, cudaStream_t stream);
+void softmax_bwd(const SoftmaxBwd& a, cudaStream_t stream);
+
+struct GeluFwd {
+  Rows x;            // (M, N)
+  const void* bias;  // (N,), or null
+  void* y;           // (M, N), contiguous
+  int64_t M, N;
+  Dtype dtype;       // of x and y
+  Dtype bias_dtype;  // dtype, or fp32
+  bool tanh;         // the approximation
+};
+
+struct GeluBwd {
+  Rows dy;  // (M, N)
+  Rows x;   // (M, N)
+  const void* bias;
+  void* dx;        // (M, N), contiguous
+  void* dbias;     // (N,), untouched where there is no bias
+  float* partial;  // (row_blocks(M), N): each block's share of dbias
+  int64_t M, N;
+  Dtype dtype;
+  Dtype bias_dtype;  // of bias and dbias
+  bool tanh;
+};
+
+void gelu_fwd(const GeluFwd& a, cudaStream_t stream);
+void gelu_bwd(const GeluBwd& a, cudaStream_t stream);
+
+struct Dropout {
+  const void* x;  // (n,), contiguous: the input, or the gradient of the output
+  void* y;        // (n,)
+  int64_t n;
+  Drop drop;
+  Dtype dtype;
+};
+
+void dropout(const Dropout& a, cudaStream_t stream);
+
 // How many blocks share M rows where each keeps a sum over its rows: by M alone, so that the sums have the same bits on
 // every GPU. 512 fill a large one (132 to 148 multiprocessors) three to four times; with fewer than 8 rows to a block,
 // its sums would be a good part of what it moves.
