@@ -209,6 +209,7 @@ def _launch_all(objects: Sequence[str], folder: Path) -> list[Launch]:
 
     build = folder / "launches"
     build.mkdir(parents=True, exist_ok=True)
+    (build / "fastgpt_launches.so").unlink(missing_ok=True)  # ninja does not know that it depends on the object files
     sources = [*sorted(ROOT.glob("csrc/bindings/cuda/*.cpp")), Path(__file__).with_name("cuda_launches.cpp")]
     path = load(
         name="fastgpt_launches",

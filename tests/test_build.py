@@ -417,6 +417,8 @@ import sys
 import torch
 from fastgpt import extension, ops
 assert extension.__file__.startswith(sys.prefix), extension.__file__
+assert (extension.source_folder() / "cuda" / "prims.cuh").is_relative_to(sys.prefix)
+assert (extension.source_folder() / "cuda" / "prims.cuh").exists()
 x, weight = torch.randn(7, 65, requires_grad=True), torch.randn(65, requires_grad=True)
 y = ops.layer_norm(x, weight, backend="cpp")
 expected = torch.nn.functional.layer_norm(x, (65,), weight)
