@@ -109,6 +109,7 @@ struct Dropout {
 };
 
 void dropout(const Dropout& a, cudaStream_t stream);
+
 struct AddLayerNormFwd {
   Rows x;         // (M, N)
   Rows residual;  // (M, N)
