@@ -59,11 +59,10 @@ FASTGPT_PRIM ExponentialSum exponential_sum(RowReduction& reduce, int64_t N, con
       get(v, i, c, left);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) high = fmaxf(high, v[j]);
-      if (high > top) {
-        total *= exponential<T>(top - high);
-        top = high;
-      }
-      const float shift = shift_for(top);
+      high = fmaxf(top, high);
+      const float shift = shift_for(high);
+      total *= exponential<T>(top - shift);
+      top = high;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) total += exponential<T>(v[j] - shift);
     });

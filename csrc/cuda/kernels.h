@@ -149,6 +149,55 @@ struct AddLayerNormBwd {
 void add_layer_norm_fwd(const AddLayerNormFwd& a, cudaStream_t stream);
 void add_layer_norm_bwd(const AddLayerNormBwd& a, cudaStream_t stream);
 
+struct CrossEntropyFwd {
+  Rows logits;             // (M, V)
+  const int64_t* targets;  // (M,)
+  void* dlogits;           // (M, V), contiguous, or null; may be the logits themselves
+  float* losses;           // (M,), 0 where the target is ignore_index
+  float* stats;            // (2, M): the row's maximum, and the logarithm of the sum of exponentials below it
+  int64_t M, V;
+  int64_t ignore_index;
+  const float* grad_scale;  // what the gradient of the sum of losses is multiplied by; null is 1
+  Dtype dtype;
+};
+
+struct CrossEntropyBwd {
+  Rows logits;             // (M, V)
+  const int64_t* targets;  // (M,)
+  void* dlogits;           // (M, V), contiguous
+  const float* stats;      // (2, M)
+  int64_t M, V;
+  int64_t ignore_index;
+  const float* dloss;
+  const float* inverse_count;
+  Dtype dtype;
+};
+
+struct ScaleGradient {
+  void* gradient;  // (n,), changed unless the factor is 1
+  int64_t n;
+  const float* factor;
+  Dtype dtype;
+};
+
+struct AddScaled {
+  float* total;      // (n,), added to
+  const void* part;  // (n,)
+  int64_t n;
+  float factor;
+  bool first;   // total has no value yet
+  Dtype dtype;  // of part
+};
+
+// 1 / the number of targets that count: infinite where none does.
+void inverse_count(const int64_t* targets, int64_t M, int64_t ignore_index, float* inverse, cudaStream_t stream);
+// The sum of losses times that: NaN where no target counts.
+void mean_loss(const float* losses, int64_t M, const float* inverse, float* loss, cudaStream_t stream);
+void cross_entropy_fwd(const CrossEntropyFwd& a, cudaStream_t stream);
+void cross_entropy_bwd(const CrossEntropyBwd& a, cudaStream_t stream);
+void scale_gradient(const ScaleGradient& a, cudaStream_t stream);
+void add_scaled(const AddScaled& a, cudaStream_t stream);
+
 // How many blocks share M rows where each keeps a sum over its rows: by M alone, so that the sums have the same bits on
 // every GPU. 512 fill a large one (132 to 148 multiprocessors) three to four times; with fewer than 8 rows to a block,
 // its sums would be a good part of what it moves.
