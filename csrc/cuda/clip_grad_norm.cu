@@ -31,7 +31,7 @@ FASTGPT_PRIM void for_each_batch(const ListedTensor& x, int64_t first, int64_t l
 
 // Adds this launch's tensors to the block's place in `partial`, or, in the first launch, puts them there.
 __global__ void __launch_bounds__(kListThreads)
-    sum_of_squares_kernel(const __grid_constant__ Chunk<1> chunk, float* partial, bool first_launch) {
+    clip_grad_norm_sum_kernel(const __grid_constant__ Chunk<1> chunk, float* partial, bool first_launch) {
   ROW_REDUCTION(reduce);
   float total = 0.0f;
   for (int32_t block = static_cast<int32_t>(blockIdx.x); block < chunk.blocks; block += gridDim.x) {
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kListThreads)
 }
 
 __global__ void __launch_bounds__(kListThreads)
-    clip_kernel(const __grid_constant__ Chunk<1> chunk, const float* partial, float* norm, float max_norm,
-                bool first_launch) {
+    clip_grad_norm_kernel(const __grid_constant__ Chunk<1> chunk, const float* partial, float* norm, float max_norm,
+                          bool first_launch) {
   ROW_REDUCTION(reduce);
   float sum = 0.0f;
   for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(gridDim.x); i += kListThreads) {
@@ -81,12 +81,12 @@ void clip_grad_norm(const ClipGradNorm& a, cudaStream_t stream) {
   const auto tensors = [](const ClipItem& item) { return std::array<ListedTensor, 1>{item.grad}; };
   bool first = true;
   for_each_chunk<1>(a.items, a.count, tensors, [&](const Chunk<1>& chunk) {
-    launch<sum_of_squares_kernel>(grid, block, 0, stream, chunk, a.partial, first);
+    launch<clip_grad_norm_sum_kernel>(grid, block, 0, stream, chunk, a.partial, first);
     first = false;
   });
   first = true;
   for_each_chunk<1>(a.items, a.count, tensors, [&](const Chunk<1>& chunk) {
-    launch<clip_kernel>(grid, block, 0, stream, chunk, a.partial, a.norm, a.max_norm, first);
+    launch<clip_grad_norm_kernel>(grid, block, 0, stream, chunk, a.partial, a.norm, a.max_norm, first);
     first = false;
   });
 }
