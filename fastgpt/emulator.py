@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 
-from fastgpt import kernel_ops
+from fastgpt import extension, kernel_ops
 
-NAMESPACE = "fastgpt_cuda"
 ORDERS = ("in_order", "reversed", "random", "skewed")
 COPIES = ("eager", "lazy")
 
 # -fno-strict-aliasing: a kernel reads memory as whatever it has the vector of, as CUDA lets it.
-_FLAGS = ["-O2", "-DFASTGPT_EMULATE", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+# -ffp-contract=off: __fmul_rn is a product that is rounded, also on processors that could fuse it with an addition.
+_FLAGS = ["-O2", "-DFASTGPT_EMULATE", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 
 
 def requested() -> bool:
@@ -95,7 +95,7 @@ def load() -> ModuleType:
     os.environ["PATH"] = _path()
     os.environ["CXX"] = _compiler()
     flags = [*_FLAGS, *shlex.split(os.environ.get("FASTGPT_EMULATE_CFLAGS", ""))]
-    csrc = _sources()
+    csrc = extension.source_folder()
     # By sources and flags, so that two checkouts do not take turns in building over each other.
     key = hashlib.sha256(f"{csrc} {flags} {os.environ['CXX']}".encode()).hexdigest()[:12]
     folder = Path(cpp_extension.get_default_build_root(), f"{_python_tag()}_fastgpt_emulator_{key}")
@@ -121,13 +121,13 @@ def load() -> ModuleType:
 
 def load_with_first_op() -> None:
     """Put stand-ins for the emulator's ops on CPU tensors: the first one that runs loads the emulator."""
-    stand_ins = torch.library.Library(NAMESPACE, "IMPL")
+    stand_ins = torch.library.Library(extension.cuda.namespace, "IMPL")
 
     def stand_in(name: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             stand_ins._destroy()  # the library that comes registers its own
             load()
-            return kernel_ops.op(NAMESPACE, name)(*args)
+            return extension.cuda.op(name)(*args)
 
         return run
 
@@ -180,13 +180,6 @@ def _schedule_from_environment() -> dict[str, Any]:
         raise ValueError(f"FASTGPT_EMULATE_SEED must be a number, got {seed!r}")
     order, copies = (os.environ.get(f"FASTGPT_EMULATE_{name}", "") for name in ("ORDER", "COPIES"))
     return {"order": order or "in_order", "copies": copies or "eager", "seed": int(seed)}
-
-
-def _sources() -> Path:
-    """csrc: in the package where it is installed, beside it in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "csrc"
-    return installed if installed.exists() else package.parent / "csrc"
 
 
 def _kernels(csrc: Path, folder: Path) -> list[Path]:

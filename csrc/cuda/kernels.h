@@ -110,6 +110,45 @@ struct Dropout {
 
 void dropout(const Dropout& a, cudaStream_t stream);
 
+struct AddLayerNormFwd {
+  Rows x;         // (M, N)
+  Rows residual;  // (M, N)
+  const void* weight;
+  const void* bias;    // or null
+  void* y;             // (M, N), contiguous
+  void* residual_out;  // (M, N), contiguous
+  float* mean;
+  float* rstd;
+  int64_t M, N;
+  float eps;
+  Drop drop;           // of x
+  Dtype dtype;         // of x and y
+  Dtype stream_dtype;  // of residual and residual_out: dtype, or fp32
+  Dtype weight_dtype;  // of weight and bias: dtype, or fp32
+};
+
+struct AddLayerNormBwd {
+  Rows dy;             // (M, N)
+  Rows dresidual_out;  // (M, N), or null where the stream ends
+  Rows residual_out;   // (M, N)
+  const void* weight;
+  const float* mean;
+  const float* rstd;
+  void* dx;         // (M, N), contiguous; null where it would be dresidual
+  void* dresidual;  // (M, N), contiguous
+  void* dweight;
+  void* dbias;
+  float* partial;  // (row_blocks(M), 2, N)
+  int64_t M, N;
+  Drop drop;
+  Dtype dtype;         // of dy and dx
+  Dtype stream_dtype;  // of residual_out and both gradients of the stream
+  Dtype weight_dtype;  // of weight, dweight and dbias
+};
+
+void add_layer_norm_fwd(const AddLayerNormFwd& a, cudaStream_t stream);
+void add_layer_norm_bwd(const AddLayerNormBwd& a, cudaStream_t stream);
+
 struct CrossEntropyFwd {
   Rows logits;             // (M, V)
   const int64_t* targets;  // (M,)

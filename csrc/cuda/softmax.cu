@@ -19,7 +19,7 @@ FASTGPT_PRIM int64_t visible_columns(int64_t m, int64_t N, int64_t Tq) {
 template <class T, int kItems>
 __global__ void __launch_bounds__(kRowThreads) softmax_fwd_kernel(SoftmaxFwd a, bool vectors) {
   ROW_REDUCTION(reduce);
-  constexpr int kCount = Row<T, kItems>::kCount;
+  constexpr int kCount = kVecSize<T>;
   const int64_t m = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (m >= a.M) return;  // the whole row: where several warps share one, it has a block of its own
   const int64_t visible = visible_columns(m, a.N, a.Tq);
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kRowThreads) softmax_fwd_kernel(SoftmaxFwd a, 
 template <class T, int kItems>
 __global__ void __launch_bounds__(kRowThreads) softmax_bwd_kernel(SoftmaxBwd a, bool vectors) {
   ROW_REDUCTION(reduce);
-  constexpr int kCount = Row<T, kItems>::kCount;
+  constexpr int kCount = kVecSize<T>;
   const int64_t m = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (m >= a.M) return;
   const int64_t visible = visible_columns(m, a.N, a.Tq);
