@@ -212,7 +212,7 @@ struct AddScaled {
   int64_t n;
   float factor;
   bool first;   // total has no value yet
-  Dtype dtype;  // of part
+  Dtype dtype;  // of part: bf16 or fp16
 };
 
 // 1 / the number of targets that count: infinite where none does.
