@@ -49,6 +49,32 @@ struct LayerNormBwd {
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
+struct AttentionFwd {
+  AttentionShape shape;      // lengths below 2^30; D up to 256
+  Heads q, k, v, o;          // (B, H, Tq or Tk, D)
+  float* lse;                // (B, H, Tq); +inf for a query that sees no key
+  const int32_t* seqlens_k;  // (B,), or null
+  Drop drop;
+  float scale;
+  bool is_causal;
+  Dtype dtype;
+};
+
+struct AttentionBwd {
+  AttentionShape shape;
+  Heads dout, q, k, v, o, dq, dk, dv;
+  const float* lse;
+  float* delta;  // (B, H, Tq): the sum of do * o over D, which the first kernel leaves to the others
+  const int32_t* seqlens_k;
+  Drop drop;
+  float scale;
+  bool is_causal;
+  Dtype dtype;
+};
+
+void attention_fwd(const AttentionFwd& a, cudaStream_t stream);
+void attention_bwd(const AttentionBwd& a, cudaStream_t stream);
+
 void layer_norm_fwd(const LayerNormFwd& a, cudaStream_t stream);
 void layer_norm_bwd(const LayerNormBwd& a, cudaStream_t stream);
 
@@ -197,6 +223,34 @@ void cross_entropy_fwd(const CrossEntropyFwd& a, cudaStream_t stream);
 void cross_entropy_bwd(const CrossEntropyBwd& a, cudaStream_t stream);
 void scale_gradient(const ScaleGradient& a, cudaStream_t stream);
 void add_scaled(const AddScaled& a, cudaStream_t stream);
+
+struct Adamw {
+  const AdamwItem* items;  // in the host's memory; the kernels' arguments take them along
+  int64_t count;
+  const float* step;
+  const float* lr;
+  float beta1, beta2;
+  float rest1, rest2;          // 1 - beta
+  float log_beta1, log_beta2;  // -inf for 0
+  float eps;
+  float weight_decay;
+};
+
+struct ClipGradNorm {
+  const ClipItem* items;  // in the host's memory
+  int64_t count;
+  int64_t blocks;
+  float* partial;  // (clip_programs(blocks),): shares of the sum of squares
+  float* norm;     // ()
+  float max_norm;
+};
+
+void adamw(const Adamw& a, cudaStream_t stream);
+void clip_grad_norm(const ClipGradNorm& a, cudaStream_t stream);
+
+// How many blocks of threads share a list of that many blocks where each keeps a sum: 1024 fill a large GPU eight times
+// over, and each of them can add up what they all leave.
+inline int64_t clip_programs(int64_t blocks) { return blocks < 1 ? 1 : blocks < 1024 ? blocks : 1024; }
 
 // How many blocks share M rows where each keeps a sum over its rows: by M alone, so that the sums have the same bits on
 // every GPU. 512 fill a large one (132 to 148 multiprocessors) three to four times; with fewer than 8 rows to a block,
