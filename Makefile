@@ -4,9 +4,9 @@ PYTHON ?= python3
 STAGE ?= test
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test test-full wheel sanitize kernel-table bench-cpu lint format gpu-check clean
+.PHONY: train test test-full wheel sanitize kernel-table cuda-table bench-cpu lint format gpu-check clean
 
 train: $(VENV)/built
 	$(BIN)/fastgpt train $(ARGS)
@@ -31,6 +31,10 @@ sanitize: $(VENV)/installed
 kernel-table: $(VENV)/installed
 	$(BIN)/python tests/triton_matrix.py --doc docs/kernels.md
 
+# What the CUDA kernels compile to, into docs/cuda.md: two chips, no GPU, a few minutes of nvcc.
+cuda-table: $(VENV)/installed
+	$(BIN)/python tests/cuda_compile.py --doc docs/cuda.md
+
 # Every mark of the CPU kernels, in some minutes on an idle machine: `make bench-cpu ARGS='--only attention --json'`.
 bench-cpu: $(VENV)/built
 	$(BIN)/python -m fastgpt.benchmarks.cpu $(ARGS)
@@ -46,11 +50,14 @@ format: $(VENV)/installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# Nothing is installed, and nothing downloaded: links in a passing folder put the package together as setuptools would.
+# Nothing is installed, and nothing downloaded: the extension is built in place, for this machine's GPUs, and links in a
+# passing folder put the package together as setuptools would.
 gpu-check:
+	@archs="$(GPU_ARCHS)"; test -z "$$archs" || \
+	FASTGPT_CUDA=1 TORCH_CUDA_ARCH_LIST="$$archs" $(PYTHON) setup.py --quiet build_ext --inplace
 	@tree=$$(mktemp -d) && trap 'rm -rf "$$tree"' EXIT HUP INT TERM && \
 	cp -rs "$(CURDIR)/fastgpt" "$$tree/" && \
-	cp -rs "$(CURDIR)/benchmarks" "$(CURDIR)/triton_kernels" "$$tree/fastgpt/" && \
+	cp -rs "$(CURDIR)/benchmarks" "$(CURDIR)/triton_kernels" "$(CURDIR)/csrc" "$$tree/fastgpt/" && \
 	PYTHONPATH="$$tree$${PYTHONPATH:+:$$PYTHONPATH}" \
 	$(PYTHON) "$$tree/fastgpt/benchmarks/gpu_check.py" --stage $(STAGE) $(ARGS)
 
@@ -58,14 +65,20 @@ gpu-check:
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja
-	FASTGPT_CPP=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	FASTGPT_CPP=0 FASTGPT_CUDA=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
 	    --editable '.[test]'
 	touch $@
 
-# Only what changed is compiled. Where there is no extension to be had, fastgpt works without, and the next make tries again.
+# Compute capabilities of this machine's GPUs.
+GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]$$' | sort -u)
+
+# Only what changed is compiled. Where there is no extension to be had, fastgpt works without, and the next make tries
+# again. The CUDA kernels take minutes: they are compiled for the GPUs of this machine, and where it has none, not at all.
+$(VENV)/built: export TORCH_CUDA_ARCH_LIST ?= $(GPU_ARCHS)
+$(VENV)/built: export FASTGPT_CUDA ?= $(if $(strip $(TORCH_CUDA_ARCH_LIST)),auto,0)
 $(VENV)/built: $(VENV)/installed setup.py $(shell find csrc)
 	$(BIN)/python setup.py --quiet build_ext --inplace
-	test -e fastgpt/_build.json || touch $@
+	test ! -e fastgpt/_cpu.abi3.so || touch $@
 
 # The extra of what is already installed.
 $(VENV)/installed-lint: $(VENV)/installed

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     machine = {
         **describe_machine(),
-        "isa": None if extension.missing() else extension.isa(),
+        "isa": None if extension.cpp_missing() else extension.isa(),
         "fastgpt": fastgpt.__version__,
         "commit": commit_of(REPOSITORY),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

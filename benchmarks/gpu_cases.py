@@ -21,7 +21,7 @@ from fastgpt.benchmarks.plain import PlainGPT, plain_optimizer
 from fastgpt.config import PRESETS, TrainConfig
 from fastgpt.optim import AdamW, build_optimizer, gradients
 
-OURS = "triton"
+OURS = ("triton", "cuda")
 BF16 = torch.bfloat16
 FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "forward and backward", "step"
 
@@ -130,7 +130,7 @@ def attention_case(B: int, H: int, T: int, D: int, dtype: torch.dtype = BF16) ->
             return call
 
         functions: dict[str, Callable[..., Any]] = {
-            OURS: functools.partial(ops.attention, backend=OURS),
+            **_ours(ops.attention),
             "torch": sdpa,
             "SDPA flash": sdpa_on(SDPBackend.FLASH_ATTENTION),
             "SDPA cuDNN": sdpa_on(SDPBackend.CUDNN_ATTENTION),
@@ -160,7 +160,7 @@ def softmax_case(M: int, N: int, dtype: torch.dtype = BF16) -> Case:
 
     def build(device: torch.device) -> Setup:
         leaves, upstream = _leaves(device, dtype, (M, N)), [_normal(device, dtype, M, N)]
-        functions = _with_compiled(functools.partial(ops.softmax, backend=OURS), lambda x: torch.softmax(x, -1))
+        functions = _with_compiled(ops.softmax, lambda x: torch.softmax(x, -1))
         return _differentiable(functions, leaves, upstream, _truth(ops.softmax, leaves, upstream), work)
 
     return Case("softmax", f"softmax, {M} x {N}, {_short(dtype)}", work, build)
@@ -174,10 +174,7 @@ def layer_norm_case(M: int, N: int, dtype: torch.dtype = BF16) -> Case:
     def build(device: torch.device) -> Setup:
         leaves = _leaves(device, dtype, (M, N), (N,), (N,))
         upstream = [_normal(device, dtype, M, N)]
-        functions = _with_compiled(
-            functools.partial(ops.layer_norm, backend=OURS),
-            lambda x, weight, bias: F.layer_norm(x, (N,), weight, bias),
-        )
+        functions = _with_compiled(ops.layer_norm, lambda x, weight, bias: F.layer_norm(x, (N,), weight, bias))
         return _differentiable(functions, leaves, upstream, _truth(ops.layer_norm, leaves, upstream), work)
 
     return Case("layer_norm", f"layer_norm, {M} x {N}, {_short(dtype)}", work, build)
@@ -203,7 +200,7 @@ def add_layer_norm_case(M: int, N: int, stream: torch.dtype, dtype: torch.dtype 
             total = x + residual
             return F.layer_norm(total, (N,), weight, bias).to(x.dtype), total
 
-        functions = _with_compiled(functools.partial(ops.add_layer_norm, backend=OURS), plain)
+        functions = _with_compiled(ops.add_layer_norm, plain)
         return _differentiable(functions, leaves, upstream, _truth(ops.add_layer_norm, leaves, upstream), work)
 
     name = f"add_layer_norm, {M} x {N}, {_short(dtype)}, stream {_short(stream)}"
@@ -219,9 +216,7 @@ def gelu_case(M: int, N: int, dtype: torch.dtype = BF16) -> Case:
     def build(device: torch.device) -> Setup:
         leaves, upstream = _leaves(device, dtype, (M, N), (N,)), [_normal(device, dtype, M, N)]
         op = functools.partial(ops.gelu, approximate="tanh")
-        functions = _with_compiled(
-            functools.partial(op, backend=OURS), lambda x, bias: F.gelu(x + bias, approximate="tanh")
-        )
+        functions = _with_compiled(op, lambda x, bias: F.gelu(x + bias, approximate="tanh"))
         return _differentiable(functions, leaves, upstream, _truth(op, leaves, upstream), work)
 
     return Case("gelu", f"gelu with bias, {M} x {N}, {_short(dtype)}", work, build)
@@ -234,7 +229,7 @@ def cross_entropy_case(M: int, V: int, dtype: torch.dtype = BF16) -> Case:
     def build(device: torch.device) -> Setup:
         leaves, targets = _leaves(device, dtype, (M, V)), torch.randint(V, (M,), device=device)
         functions = _with_compiled(
-            lambda logits: ops.cross_entropy(logits, targets, backend=OURS),
+            functools.partial(ops.cross_entropy, targets=targets),
             lambda logits: F.cross_entropy(logits.float(), targets),
         )
         upstream = [torch.ones((), device=device)]
@@ -253,7 +248,7 @@ def linear_cross_entropy_case(M: int, C: int, V: int, dtype: torch.dtype = BF16)
         with torch.no_grad():
             leaves[1].mul_(C**-0.5)  # logits of unit variance
         functions = _with_compiled(
-            lambda x, weight: ops.linear_cross_entropy(x, weight, targets, backend=OURS),
+            functools.partial(ops.linear_cross_entropy, targets=targets),
             lambda x, weight: F.cross_entropy(F.linear(x, weight).float(), targets),
         )
         truth = _loss_truth(ops.linear_cross_entropy, leaves, targets)
@@ -270,7 +265,7 @@ def dropout_case(M: int, N: int, dtype: torch.dtype = BF16, p: float = 0.2) -> C
 
     def build(device: torch.device) -> Setup:
         leaves, upstream = _leaves(device, dtype, (M, N)), [_normal(device, dtype, M, N)]
-        functions = _with_compiled(lambda x: ops.dropout(x, p, backend=OURS), lambda x: F.dropout(x, p))
+        functions = _with_compiled(functools.partial(ops.dropout, p=p), lambda x: F.dropout(x, p))
 
         def error_of(fn: Callable[..., Any]) -> float:
             """Masks differ from one to the other; what they keep must be right, and as many as they should."""
@@ -318,7 +313,8 @@ def adamw_case(shapes: Sequence[tuple[int, ...]]) -> Case:
                 p.grad = grad
             calls[name] = make(owned[name], **options, **settings).step
 
-        enter(OURS, AdamW, backend=OURS)
+        for backend in OURS:
+            enter(backend, AdamW, backend=backend)
         enter("torch, fused", torch.optim.AdamW, fused=True)
         enter("torch", torch.optim.AdamW, foreach=True)
         enter("torch.compile", torch.optim.AdamW, foreach=True, capturable=device.type == "cuda")
@@ -346,7 +342,7 @@ def clip_grad_norm_case(shapes: Sequence[tuple[int, ...]]) -> Case:
             norm = torch.stack([g.double().square().sum() for g in before]).sum().sqrt()
             return [g / (norm + 1e-6) for g in before]
 
-        owned = {name: [torch.empty_like(g) for g in before] for name in (OURS, "torch", "torch.compile")}
+        owned = {name: [torch.empty_like(g) for g in before] for name in (*OURS, "torch", "torch.compile")}
         for tensors in owned.values():
             for tensor, g in zip(tensors, before, strict=True):
                 tensor.grad = g.clone()
@@ -354,9 +350,12 @@ def clip_grad_norm_case(shapes: Sequence[tuple[int, ...]]) -> Case:
         def grads(name: str) -> list[Tensor]:
             return [tensor.grad for tensor in owned[name] if tensor.grad is not None]
 
+        def clip(backend: str) -> Tensor:
+            return ops.clip_grad_norm_(grads(backend), 1.0, backend=backend)
+
         compiled = _compiled(lambda tensors: nn.utils.clip_grad_norm_(tensors, 1.0, foreach=True))
         calls: dict[str, Callable[[], Any]] = {
-            OURS: lambda: ops.clip_grad_norm_(grads(OURS), 1.0, backend=OURS),
+            **{name: functools.partial(clip, name) for name in OURS},
             "torch": lambda: nn.utils.clip_grad_norm_(owned["torch"], 1.0, foreach=True),
             "torch.compile": lambda: compiled(owned["torch.compile"]),
         }
@@ -374,8 +373,8 @@ def training_case(config: GPTConfig, batch_size: int, dtype: torch.dtype = BF16)
     """A training step under autocast: forward, backward, clipping, AdamW. ``GPT.flops_per_token`` FLOPs a token (the
     causal half of attention counted, as is usual), so that the share of the ceiling is the MFU; no bytes.
 
-    What competes with the model on Triton is the model on torch, and the plain model of ``plain.py`` compiled, with
-    PyTorch's fused AdamW. The losses of the first steps are held to those in fp32.
+    What competes with the model on our kernels is the model on torch, and the plain model of ``plain.py`` compiled,
+    with PyTorch's fused AdamW. The losses of the first steps are held to those in fp32.
     """
     train = TrainConfig(lr=6e-4, beta2=0.95)
     with torch.device("meta"):
@@ -426,7 +425,7 @@ def training_case(config: GPTConfig, batch_size: int, dtype: torch.dtype = BF16)
 
         with device:
             calls = {
-                OURS: of(GPT(config), OURS, dtype),
+                **{backend: of(GPT(config), backend, dtype) for backend in OURS},
                 "torch": of(GPT(config), "torch", dtype),
                 "torch.compile": of(PlainGPT(config, "fused"), "torch", dtype),
             }
@@ -441,8 +440,13 @@ def _parameter_shapes(config: GPTConfig) -> list[tuple[int, ...]]:
         return [tuple(p.shape) for p in GPT(config).parameters()]
 
 
-def _with_compiled(ours: Callable[..., Any], plain: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    return {OURS: ours, "torch": plain, "torch.compile": _compiled(plain)}
+def _with_compiled(op: Callable[..., Any], plain: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {**_ours(op), "torch": plain, "torch.compile": _compiled(plain)}
+
+
+def _ours(op: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """A public op on each of our backends."""
+    return {backend: functools.partial(op, backend=backend) for backend in OURS}
 
 
 def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -566,9 +570,9 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def small_calls(
-    device: torch.device | str, dtype: torch.dtype = torch.bfloat16, batch: int = 2
+    device: torch.device | str, dtype: torch.dtype = torch.bfloat16, batch: int = 2, backend: str = "triton"
 ) -> dict[str, Callable[[], list[Tensor]]]:
-    """Every op on the Triton backend, forward and backward, on small odd shapes: {name: a call}.
+    """Every op on a kernel backend, forward and backward, on small odd shapes: {name: a call}.
 
     A call returns all that the op has computed, from inputs, upstream gradients and dropout seeds that stay the same.
     ``batch`` changes only how many rows or sequences there are.
@@ -584,7 +588,7 @@ def small_calls(
 
     def of(op: Callable[..., Any], *leaves: Tensor, **options: Any) -> Callable[[], list[Tensor]]:
         def run() -> list[Tensor]:
-            outputs = _as_tuple(op(*leaves, **options, backend="triton"))
+            outputs = _as_tuple(op(*leaves, **options, backend=backend))
             upstream = [y.detach().cos() for y in outputs]
             return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
 
@@ -598,12 +602,12 @@ def small_calls(
         params, grads, exp_avgs, exp_avg_sqs = ([x.clone() for x in tensors] for tensors in moments)
         scalars = torch.ones((), device=device), torch.full((), 1e-2, device=device)
         options: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-        ops.adamw_(params, grads, exp_avgs, exp_avg_sqs, scalars[0], lr=scalars[1], **options, backend="triton")
+        ops.adamw_(params, grads, exp_avgs, exp_avg_sqs, scalars[0], lr=scalars[1], **options, backend=backend)
         return [*params, *exp_avgs, *exp_avg_sqs]
 
     def clip() -> list[Tensor]:
         grads = [x.clone() for x in moments[1]]
-        return [ops.clip_grad_norm_(grads, 0.5, backend="triton"), *grads]
+        return [ops.clip_grad_norm_(grads, 0.5, backend=backend), *grads]
 
     moments = lists(4)
     moments[3] = [x.square() for x in moments[3]]

@@ -6,13 +6,13 @@
 
 - test: pytest over the tests that take the GPU where there is one, in several processes. One that dies, or whose GPU is
   left in error, is started again behind the test that did it.
-- sanitize: compute-sanitizer's memcheck and racecheck over every Triton op, forward and backward, on small odd shapes;
-  and memcheck over a planted fault, which it has to find.
-- bench: the Triton backend beside torch's eager op, torch.compile of that and, for attention, SDPA's flash and cuDNN
-  backends and FlexAttention. Each must first be near the truth, by ||result - truth|| / ||truth|| of every output and
-  gradient; one that is not is named as wrong and never timed. ``interleave`` and ``CudaTimer`` say how times are taken,
-  the cases in ``gpu_cases.py`` what is counted as bytes and FLOPs. The ceilings, a copy within the GPU's memory and a
-  bf16 matrix product, are measured before and after; a run in which they drift is not valid.
+- sanitize: compute-sanitizer's memcheck and racecheck over every op of the triton and the cuda backend, forward and
+  backward, on small odd shapes; and memcheck over a planted fault, which it has to find.
+- bench: the triton and the cuda backend beside torch's eager op, torch.compile of that and, for attention, SDPA's flash
+  and cuDNN backends and FlexAttention. Each must first be near the truth, by ||result - truth|| / ||truth|| of every
+  output and gradient; one that is not is named as wrong and never timed. ``interleave`` and ``CudaTimer`` say how times
+  are taken, the cases in ``gpu_cases.py`` what is counted as bytes and FLOPs. The ceilings, a copy within the GPU's
+  memory and a bf16 matrix product, are measured before and after; a run in which they drift is not valid.
 
 The file: {"schema": 1, "stage", "gpu", "torch", "triton", "cuda", "python", "commit", "date", "settings", "results",
 "problems", "valid"}. ``problems`` are sentences. ``valid`` says that the stage came to its end as it should (every test
@@ -430,7 +430,7 @@ class Reporter:
 
 _SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 
-_RUN_OPS = "import sys; from fastgpt.benchmarks import gpu_check; gpu_check.run_ops(sys.argv[1:])"
+_RUN_OPS = "import sys; from fastgpt.benchmarks import gpu_check; gpu_check.run_ops(*sys.argv[1:])"
 _PLANT_FAULT = "from fastgpt.benchmarks import gpu_check; gpu_check.plant_fault()"
 
 
@@ -446,8 +446,9 @@ def sanitize(record: Record, sanitizer: str, names: Sequence[str], limit_s: floa
     deadline = time.monotonic() + limit_s
     plan = [
         ("memcheck", "a planted fault", [_PLANT_FAULT], 0.25),
-        ("memcheck", "every op", [_RUN_OPS, *names], 0.5),
-        ("racecheck", "every op", [_RUN_OPS, *names], 1.0),
+        *(("memcheck", f"every {backend} op", [_RUN_OPS, backend, *names], 0.3) for backend in OURS),
+        ("racecheck", f"every {OURS[0]} op", [_RUN_OPS, OURS[0], *names], 0.5),
+        ("racecheck", f"every {OURS[1]} op", [_RUN_OPS, OURS[1], *names], 1.0),
     ]
     found, complete = False, True
     for tool, program, arguments, share in plan:
@@ -465,9 +466,9 @@ def sanitize(record: Record, sanitizer: str, names: Sequence[str], limit_s: floa
             continue
         complete = complete and result["errors"] is not None and result["ended"]
         if result["errors"] is None or not result["ended"]:
-            record.update(problems=[f"{tool} did not come to its end"])
+            record.update(problems=[f"{tool} of {program} did not come to its end"])
         if result["errors"]:
-            record.update(problems=[f"{tool} found {result['errors']} errors"])
+            record.update(problems=[f"{tool} of {program} found {result['errors']} errors"])
             print("\n".join(result["report"]))
     record.update(valid=found and complete)
 
@@ -516,9 +517,9 @@ def read_sanitizer(output: str) -> dict[str, Any]:
 _ENDED = "all ops ran"
 
 
-def run_ops(names: Sequence[str]) -> None:
+def run_ops(backend: str, *names: str) -> None:
     """The program under the sanitizer."""
-    calls = small_calls("cuda")
+    calls = small_calls("cuda", backend=backend)
     for name in names:
         calls[name]()
         torch.cuda.synchronize()
@@ -678,8 +679,9 @@ def bench(
             break
         try:
             for result in run(case, ceilings=before):
-                wrong = result["left_out"].get(OURS)
-                record.update(results=[result], problems=[f"{case.name}: {OURS}: {wrong}"] if wrong else [])
+                wrong = {name: result["left_out"][name] for name in OURS if name in result["left_out"]}
+                problems = [f"{case.name}: {name}: {reason}" for name, reason in wrong.items()]
+                record.update(results=[result], problems=problems)
                 print_result(result)
         except Exception as error:  # the other cases' figures are wanted all the same
             record.update(problems=[f"{case.name}: {_first_line(error)}"])
@@ -707,9 +709,9 @@ def run_case(
     """Hold the contestants to the truth, then time each part of the case.
 
     Yields:
-        One dict a part: the case's and the part's name, bytes, FLOPs and floor; ``times`` by contestant, ``ratios`` of
-        each other contestant's time to ours within a round (above 1: ours is faster), and ``left_out``: who is not
-        timed, and why.
+        One dict a part: the case's and the part's name, bytes, FLOPs and floor; ``times`` by contestant, ``ratios``, by
+        backend of ours, of each other contestant's time to its within a round (above 1: ours is faster), and
+        ``left_out``: who is not timed, and why.
     """
     torch.manual_seed(0)
     setup = case.build(device)
@@ -758,31 +760,33 @@ def summary(samples: Sequence[Sample], floor_ms: float) -> dict[str, Any]:
     }
 
 
-def ratios(samples: dict[str, list[Sample]]) -> dict[str, dict[str, float]]:
-    """By other contestant: median, least and greatest of its time over ours, taken round by round."""
-    found = {}
-    for name, theirs in samples.items():
-        if name != OURS and OURS in samples:
-            values = [their.ms / our.ms for their, our in zip(theirs, samples[OURS], strict=True)]
-            found[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def ratios(samples: dict[str, list[Sample]]) -> dict[str, dict[str, dict[str, float]]]:
+    """By ours and by other contestant: median, least and greatest of its time over ours, taken round by round."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for ours in OURS:
+        for name, theirs in samples.items():
+            if name != ours and ours in samples:
+                values = [their.ms / our.ms for their, our in zip(theirs, samples[ours], strict=True)]
+                ratio = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+                found.setdefault(ours, {})[name] = ratio
     return found
 
 
 def print_result(result: dict[str, Any]) -> None:
     rows = []
     for name, times in result["times"].items():
-        ratio = result["ratios"].get(name)
+        of_each = [result["ratios"].get(ours, {}).get(name) for ours in OURS]
         rows.append(
             (
                 f"  {name}",
                 f"{times['median_ms']:.4f} ({times['min_ms']:.4f}, {times['max_ms']:.4f})",
                 f"{times['of_floor']:.0%}",
                 f"{times['host_ms']:.3f}",
-                f"{ratio['median']:.2f}x ({ratio['min']:.2f}, {ratio['max']:.2f})" if ratio else "",
+                *(f"{r['median']:.2f}x ({r['min']:.2f}, {r['max']:.2f})" if r else "" for r in of_each),
                 f"{1e3 * result['tokens'] / times['median_ms']:,.0f}" if result["tokens"] else "",
             )
         )
-    headings = ("ms: median (min, max)", "of ceiling", "host ms", f"time / {OURS}'s", "tokens/s")
+    headings = ("ms: median (min, max)", "of ceiling", "host ms", *(f"time / {ours}'s" for ours in OURS), "tokens/s")
     print_table((f"{result['case']}, {result['part']}", *headings), rows)
     for name, reason in result["left_out"].items():
         print(f"  {name} left out: {reason}", flush=True)

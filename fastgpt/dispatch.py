@@ -8,7 +8,6 @@ Nothing falls back silently: a named backend that cannot run raises its reason, 
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -63,9 +62,10 @@ class Entry:
 
     ``fn`` is a function of the op's arguments, or the ``Kernels`` that the op's own ``autograd.Function`` puts
     together. ``limit`` gets the op's arguments and returns why they are out of reach, or None; ``yields`` gets them and
-    says whether "auto" leaves them to the next backend of its order, which was measured to be faster. ``note`` is a
-    sentence about the entry that ``explain`` prints, ``hint`` one that is added to the reason where it does not take a
-    device.
+    says whether "auto" leaves them to the next backend of its order, which was measured to be faster. ``gpu_limit``
+    gets a GPU's number and returns why that one cannot run the kernels, or None. ``note`` is a sentence about the entry
+    that ``explain`` prints, ``hint`` one that is added to the reason where it does not take a device, and ``how`` says
+    what takes the place of hardware that is not there.
     """
 
     fn: Callable[..., Any] | Kernels
@@ -73,12 +73,14 @@ class Entry:
     dtypes: tuple[torch.dtype, ...] = _HALF_AND_SINGLE
     limit: Callable[..., str | None] | None = None
     yields: Callable[..., bool] | None = None
+    gpu_limit: Callable[[int], str | None] | None = None
     note: str = ""
     hint: str = ""
+    how: str = ""
 
 
 _table: dict[str, dict[str, Entry]] = {op: {} for op in OPS}
-_absent: dict[str, str] = {"cuda": "this version of fastgpt does not include the cuda backend"}
+_absent: dict[str, str] = {}
 
 
 def register(backend: str, op: str, entry: Entry) -> None:
@@ -263,6 +265,11 @@ def reason_against(
         return f"it takes {_listed(entry.device_types)} tensors, not {device_type}{entry.hint}"
     if dtype not in entry.dtypes:
         return f"it takes {_listed([_dtype_name(d) for d in entry.dtypes])}, not {_dtype_name(dtype)}"
+    if entry.gpu_limit is not None:
+        index = torch.cuda.current_device() if args is None else _leading_tensor(args).device.index
+        reason = entry.gpu_limit(index)
+        if reason is not None:
+            return reason
     if entry.limit is not None and args is not None:
         return entry.limit(*args)
     return None
@@ -282,13 +289,15 @@ def explain(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> lis
             able = [b for b in PREFERRED.get(device_type, ()) if reasons[b] is None]
             chosen = able[0] if able else None
             why = f"auto prefers it on {device_type}" if able else "no backend can run here"
-            passed_over = f"it can run, but auto prefers {chosen} on {device_type}"
+            passed_over = f"auto prefers {chosen} on {device_type}"
         else:
             chosen = name if reasons[name] is None else None
             why = "chosen by " + ("use_backend" if _state.choice else "FASTGPT_BACKEND")
-            passed_over = f"it can run, but {name} was chosen"
-        others = {b: reason or passed_over for b, reason in reasons.items() if b != chosen}
-        note = _table[op][chosen].note if chosen else ""
+            passed_over = f"{name} was chosen"
+        hows = {b: entry.how for b, entry in _table[op].items()}
+        able_but = {b: f"it can run{', ' * bool(how)}{how}, but {passed_over}" for b, how in hows.items()}
+        others = {b: reason or able_but[b] for b, reason in reasons.items() if b != chosen}
+        note = "; ".join(filter(None, (hows[chosen], _table[op][chosen].note))) if chosen else ""
         rows.append({"op": op, "backend": chosen, "why": why, "note": note, "others": others})
     return rows
 
@@ -340,10 +349,11 @@ def _register_triton() -> None:
     interpreting = triton_library.interpreting()
     device_types = ("cpu",) if interpreting else ("cuda",)
     hint = "" if interpreting else " (with TRITON_INTERPRET=1 its interpreter runs it on cpu tensors)"
+    how = "in Triton's interpreter" if interpreting else ""
     limits = {"attention": _head_size_limit, "attention_qkvpacked": _head_size_limit}
     for op in OPS:
         fn = _on_kernels(op, triton_library.op)
-        register("triton", op, Entry(fn, device_types, limit=limits.get(op), hint=hint))
+        register("triton", op, Entry(fn, device_types, limit=limits.get(op), hint=hint, how=how))
 
 
 def _head_size_limit(x: torch.Tensor, *_: Any) -> str | None:
@@ -373,17 +383,15 @@ _LEFT_TO_TORCH: dict[str, tuple[Callable[..., bool], str]] = {
 }
 
 
-def _on_extension(op: str, namespace: str) -> Callable[..., Any] | Kernels:
+def _on_extension(op: str, library: extension.Library) -> Callable[..., Any] | Kernels:
     """What runs ``op`` on the kernels of one of the extension's libraries."""
     in_place = {"adamw_": (0, 2, 3), "clip_grad_norm_": (0,)}
-    if op in in_place:
-        return extension.op_in_place(op, in_place[op], namespace)
-    return _on_kernels(op, functools.partial(extension.op, namespace=namespace))
+    return library.op_in_place(op, in_place[op]) if op in in_place else _on_kernels(op, library.op)
 
 
 def _register_cpp() -> None:
     """The extension's kernels for CPU tensors."""
-    missing = extension.missing()
+    missing = extension.cpp_missing()
     if missing is not None:
         mark_absent("cpp", missing)
         return
@@ -391,24 +399,33 @@ def _register_cpp() -> None:
     preferred = extension.isa() != "baseline"
     PREFERRED["cpu"] = ("cpp", *PREFERRED["cpu"]) if preferred else (*PREFERRED["cpu"], "cpp")
     for op in OPS:
-        fn = _on_extension(op, extension.NAMESPACE)
+        fn = _on_extension(op, extension.cpu)
         yields, what = _LEFT_TO_TORCH.get(op, (None, ""))
         note = f"{extension.isa()} kernels" + (f"; auto leaves to torch: {what}" if what else "")
         register("cpp", op, Entry(fn, ("cpu",), yields=yields, note=note))
 
 
+_EMULATOR_HINT = " (with FASTGPT_EMULATE=1 the emulator runs it on cpu tensors)"
+
+
 def _register_cuda() -> None:
     """The extension's kernels for CUDA tensors; in the emulator, for CPU tensors."""
-    if not emulator.requested():
-        return
-    missing = emulator.missing()
+    emulating = emulator.requested()
+    missing = emulator.missing() if emulating else extension.cuda_missing()
     if missing is not None:
-        mark_absent("cuda", missing)
+        mark_absent("cuda", missing if emulating else missing + _EMULATOR_HINT)
         return
-    emulator.load_with_first_op()
+    if emulating:
+        emulator.load_with_first_op()
     limits = {"attention": _head_size_limit, "attention_qkvpacked": _head_size_limit}
     for op in OPS:
-        register("cuda", op, Entry(_on_extension(op, extension.CUDA_NAMESPACE), ("cpu",), limit=limits.get(op)))
+        fn, limit = _on_extension(op, extension.cuda), limits.get(op)
+        if emulating:
+            how = f"in the emulator, built with CUDA's headers in {' and '.join(map(str, emulator.headers()))}"
+            entry = Entry(fn, ("cpu",), limit=limit, how=how)
+        else:
+            entry = Entry(fn, ("cuda",), limit=limit, gpu_limit=extension.gpu_error, hint=_EMULATOR_HINT)
+        register("cuda", op, entry)
 
 
 _register_triton()

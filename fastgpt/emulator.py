@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 
-from fastgpt import kernel_ops
+from fastgpt import extension, kernel_ops
 
-NAMESPACE = "fastgpt_cuda"
 ORDERS = ("in_order", "reversed", "random", "skewed")
 COPIES = ("eager", "lazy")
 
 # -fno-strict-aliasing: a kernel reads memory as whatever it has the vector of, as CUDA lets it.
-_FLAGS = ["-O2", "-DFASTGPT_EMULATE", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+# -ffp-contract=off: __fmul_rn is a product that is rounded, also on processors that could fuse it with an addition.
+_FLAGS = ["-O2", "-DFASTGPT_EMULATE", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 
 
 def requested() -> bool:
@@ -65,22 +65,14 @@ def missing() -> str | None:
 
 def headers() -> list[Path]:
     """The folder of CUDA's headers: a toolkit's, else that of NVIDIA's wheels, else none."""
-    return [folder for folder, _ in _headers()]
-
-
-def headers_from() -> str | None:
-    """In words which headers of CUDA the emulator is built with: "the CUDA toolkit in /usr/local/cuda". None: none."""
-    return next((words for _, words in _headers()), None)
-
-
-def _headers() -> list[tuple[Path, str]]:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _home_of_nvcc(), "/usr/local/cuda"]
-    places = [(Path(home, "include"), f"the CUDA toolkit in {home}") for home in filter(None, homes)]
     spec = importlib.util.find_spec("nvidia")
-    for wheels in map(Path, (spec.submodule_search_locations or []) if spec else []):
-        places.append((wheels / "cu13" / "include", f"NVIDIA's wheels in {wheels}"))
+    wheels = (spec.submodule_search_locations or []) if spec else []
     needed = ("cuda_runtime_api.h", "cuda_bf16.h", "crt/host_defines.h", "nv/target")
-    return [place for place in places if all((place[0] / name).exists() for name in needed)][:1]
+    for folder in (*(Path(home, "include") for home in homes if home), *(Path(p, "cu13/include") for p in wheels)):
+        if all((folder / name).exists() for name in needed):
+            return [folder]
+    return []
 
 
 @functools.cache
@@ -92,7 +84,7 @@ def load() -> ModuleType:
         RuntimeError: it cannot be built, with the compiler's words.
     """
     settings = _schedule_from_environment()
-    csrc = _sources()
+    csrc = extension.source_folder()
     sources = [
         *(csrc / "cuda").glob("*.cu"),
         *(csrc / "bindings/cuda").glob("*.cpp"),
@@ -160,12 +152,12 @@ _stand_ins: torch.library.Library | None = None
 def load_with_first_op() -> None:
     """Put stand-ins for the emulator's ops on CPU tensors: the first one that runs loads the emulator."""
     global _stand_ins
-    _stand_ins = torch.library.Library(NAMESPACE, "IMPL")
+    _stand_ins = torch.library.Library(extension.cuda.namespace, "IMPL")
 
     def stand_in(name: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             load()
-            return kernel_ops.op(NAMESPACE, name)(*args)
+            return extension.cuda.op(name)(*args)
 
         return run
 
@@ -226,13 +218,6 @@ def _require(what: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
     return value
-
-
-def _sources() -> Path:
-    """csrc: in the package where it is installed, beside it in a checkout."""
-    package = Path(__file__).parent
-    installed = package / "csrc"
-    return installed if installed.exists() else package.parent / "csrc"
 
 
 def _as_cpp(source: Path, folder: Path) -> Path:

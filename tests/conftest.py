@@ -15,7 +15,8 @@ if INTERPRETING:
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["FASTGPT_EMULATE"] = "1"
 
-from fastgpt import dispatch, extension  # noqa: E402 (Triton's environment comes first)
+from fastgpt import dispatch  # noqa: E402 (Triton's environment comes first)
+from fastgpt.dispatch import Entry  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,9 +39,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    missing = extension.missing()
-    if missing is not None and "cpp" in params.values():
-        pytest.skip(missing)
+    for value in params.values():
+        if isinstance(value, str) and value in dispatch._absent:
+            pytest.skip(dispatch._absent[value])
 
 
 def preferred_on_cpu() -> str:
@@ -66,6 +67,15 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_table(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Entry]]:
+    """Copies of the table and of the list of absent backends, so that what a test does to them is undone."""
+    table = {op: dict(entries) for op, entries in dispatch._table.items()}
+    monkeypatch.setattr(dispatch, "_table", table)
+    monkeypatch.setattr(dispatch, "_absent", dict(dispatch._absent))
+    return table
 
 
 @pytest.fixture

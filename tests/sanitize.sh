@@ -14,7 +14,7 @@ else
   link=$flags
 fi
 built=$PWD/build/sanitize/$(basename "$CXX")
-CXX=$CXX FASTGPT_CPP=1 CFLAGS=$flags LDFLAGS=$link \
+CXX=$CXX FASTGPT_CPP=1 FASTGPT_CUDA=0 CFLAGS=$flags LDFLAGS=$link \
   "$BIN/python" setup.py --quiet build --debug --build-lib "$built/lib" --build-temp "$built/temp"
 
 cd tests # not where Python would find the extension without sanitizers
@@ -27,7 +27,7 @@ for isa in ${FASTGPT_CPU_ISA:-baseline avx2 avx512 avx512_bf16}; do
   missing=$(LD_PRELOAD=$preload "$BIN/python" -c "
 from fastgpt import extension
 assert extension.__file__.startswith('$built'), extension.__file__
-print(extension.missing() or '')")
+print(extension.cpp_missing() or '')")
   case $missing in
     "") ;;
     *FASTGPT_CPU_ISA*) echo "$isa: not on this machine"; continue ;;

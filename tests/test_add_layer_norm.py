@@ -123,7 +123,7 @@ def test_is_dropout_then_addition_then_layer_norm(backend: str) -> None:
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "cpp", "cuda"])
 def test_normalises_the_sum_before_it_is_rounded(backend: str) -> None:
     """What x adds to such a stream is lost in fp16, but not before it has been normalised.
 

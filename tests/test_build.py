@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 LIBRARY, REPORT = "fastgpt/_cpu.abi3.so", "fastgpt/_build.json"
+CUDA_LIBRARY = "fastgpt/_cuda.abi3.so"
 SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 KERNELS = sorted(path for path in ROOT.glob("csrc/cpu/*.cpp") if path.name != "select.cpp")
 
@@ -31,13 +32,27 @@ done
 if [ -n "$depends" ]; then echo "$out: $source" > "$depends"; fi
 """
 
+# nvcc: says what it was given to say, and like the C++ compiler writes nothing or fails.
+NVCC = r"""#!/bin/sh
+echo "nvcc $*" >> "$LOG"
+case "$*" in *"${NVCC_FAILS:-nothing fails}"*) echo "nvcc fatal: out of luck" >&2; exit 1 ;; esac
+if [ "$1" = --list-gpu-code ]; then printf 'sm_75\nsm_80\nsm_90\n'; exit; fi
+if [ "$1" = -v ]; then printf '#$ INCLUDES="-I/the/headers"  \n#$ LIBRARIES=  "-L/the/libraries"\n' >&2; fi
+while [ $# -gt 0 ]; do
+  case "$1" in -o) out=$2 ;; -MF) depends=$2 ;; *.cu) source=$1 ;; esac
+  shift
+done
+: > "$out"
+if [ -n "$depends" ]; then echo "$out: $source" > "$depends"; fi
+"""
+
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler here"
 )
 
 
 class Tree:
-    """A copy of the checkout, as it is before any build, and a stand-in for the compiler."""
+    """A copy of the checkout, as it is before any build, and stand-ins for the compilers; nvcc's is for who asks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder / "tree", folder / "log"
@@ -46,9 +61,12 @@ class Tree:
             shutil.copytree(ROOT / name, self.folder / name, ignore=ignored)
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, self.folder)
-        self.compiler = folder / "c++"
-        self.compiler.write_text(STAND_IN)
-        self.compiler.chmod(0o755)
+        self.compiler, self.toolkit = folder / "c++", folder / "toolkit"
+        self.nvcc = self.toolkit / "bin" / "nvcc"
+        self.nvcc.parent.mkdir(parents=True)
+        for path, text in ((self.compiler, STAND_IN), (self.nvcc, NVCC)):
+            path.write_text(text)
+            path.chmod(0o755)
         self.modules = folder / "modules"
         self.modules.mkdir()
 
@@ -59,6 +77,11 @@ class Tree:
             sys.executable, "setup.py", *(command or ("build_ext", "--inplace")), cwd=self.folder, environment=settings
         )
 
+    def build_cuda(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        """By nvcc's stand-in, if the environment names no other, and without the C++ kernels."""
+        settings = {"FASTGPT_CPP": "0", "FASTGPT_CUDA": "auto", "CUDA_HOME": str(self.toolkit), **environment}
+        return self.build(**settings)
+
     def compiled(self) -> list[str]:
         """Commands of the last build that compile csrc/cpu."""
         return [line for line in self.log.read_text().splitlines() if "-c -c" in line and "csrc/cpu" in line]
@@ -66,19 +89,25 @@ class Tree:
     def linked(self) -> bool:
         return any("-shared" in line for line in self.log.read_text().splitlines())
 
-    def reason(self) -> str | None:
-        """What the report says, where there is no library; a library and a report exclude each other."""
+    def compiled_by_nvcc(self) -> dict[str, list[str]]:
+        """{file: command} of the last build's kernels."""
+        commands = [line.split() for line in self.log.read_text().splitlines() if "nvcc " in line and " -MD " in line]
+        return {Path(words[words.index("-c") + 1]).name: words for words in commands}
+
+    def reason(self, name: str = "cpu") -> str | None:
+        """What the report says, where there is no library; a library and a reason exclude each other."""
         report = self.folder / REPORT
-        assert report.exists() != (self.folder / LIBRARY).exists()
-        return json.loads(report.read_text())["cpu"] if report.exists() else None
+        reasons = json.loads(report.read_text()) if report.exists() else {}
+        assert (name in reasons) != (self.folder / f"fastgpt/_{name}.abi3.so").exists()
+        return reasons.get(name)
 
 
 def run(*command: str | Path, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    ours = ("FASTGPT_", "PYTHONPATH", "CC", "CXX", "CFLAGS", "LDFLAGS")
+    """Without what is set here, and without the CUDA kernels, which take minutes, if it is not asked for them."""
+    ours = ("FASTGPT_", "PYTHONPATH", "CC", "CXX", "CFLAGS", "LDFLAGS", "CUDA_", "NVCC_", "TORCH_CUDA_", "MAX_JOBS")
     settings = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**settings, **(environment or {})}, capture_output=True, text=True
-    )
+    settings = {**settings, "FASTGPT_CUDA": "0", **(environment or {})}
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=settings, capture_output=True, text=True)
 
 
 def succeeded(done: subprocess.CompletedProcess[str]) -> str:
@@ -194,7 +223,8 @@ def test_says_why_it_was_not_built(tree: Tree, torch_module: str, compiler: str 
 
 
 def test_a_wrong_choice_is_named(tree: Tree) -> None:
-    assert tree.build(FASTGPT_CPP="yes").stderr == "FASTGPT_CPP must be auto, 0 or 1, got 'yes'\n"
+    for variable in ("FASTGPT_CPP", "FASTGPT_CUDA"):
+        assert tree.build(**{variable: "yes"}).stderr == f"{variable} must be auto, 0 or 1, got 'yes'\n"
 
 
 def test_a_source_distribution_has_all_sources(tree: Tree) -> None:
@@ -202,7 +232,8 @@ def test_a_source_distribution_has_all_sources(tree: Tree) -> None:
     (archive,) = tree.folder.glob("dist/*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".cpp", ".h")}
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
+    assert "csrc/bindings/cuda/probe.cu" in sources
     assert sources | {"setup.py", "fastgpt/ops/gelu.py", "benchmarks/gpu_check.py"} <= names
 
 
@@ -214,6 +245,156 @@ def test_without_a_compiler_the_package_works_and_explains(tree: Tree) -> None:
         environment={"COLUMNS": "1000", "PYTHONPATH": str(tree.modules)},
     )
     assert "the C++ extension was not built: there was no C++ compiler" in succeeded(explained)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The CUDA library
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_nvcc_builds_the_cuda_library_beside_the_other_or_alone(tree: Tree) -> None:
+    succeeded(tree.build(FASTGPT_CUDA="auto", CUDA_HOME=str(tree.toolkit)))
+    assert not (tree.folder / REPORT).exists()
+    assert (tree.folder / LIBRARY).exists()
+    assert (tree.folder / CUDA_LIBRARY).exists()
+    sources = [path.name for path in [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/bindings/cuda/*.cu")]]
+    commands = tree.compiled_by_nvcc()
+    assert sorted(commands) == sorted(sources)
+    assert all("-O3" in words and "-std=c++17" in words for words in commands.values())
+    bindings = [line for line in tree.log.read_text().splitlines() if "csrc/bindings/cuda" in line and "c++20" in line]
+    assert len(bindings) == len(list(ROOT.glob("csrc/bindings/cuda/*.cpp")))
+    assert all("-I/the/headers" in line for line in bindings)
+    (link,) = [line for line in tree.log.read_text().splitlines() if "-shared" in line and CUDA_LIBRARY in line]
+    assert "-L/the/libraries -lcudart_static" in link
+    assert "libtorch_cuda.so" in link
+
+    succeeded(tree.build_cuda())
+    assert tree.reason("cpu") == "FASTGPT_CPP=0 was set when fastgpt was installed"
+    assert tree.reason("cuda") is None
+    assert not tree.compiled()
+    assert not tree.compiled_by_nvcc()
+
+    os.utime(tree.folder / "csrc/bindings/cuda/probe.cu")
+    succeeded(tree.build_cuda())
+    assert set(tree.compiled_by_nvcc()) == {"probe.cu"}
+
+    succeeded(tree.build())
+    assert tree.reason("cpu") is None
+    assert tree.reason("cuda") == "FASTGPT_CUDA=0 was set when fastgpt was installed"
+
+
+ARCHS = {
+    "": "80 90 90+PTX",  # those of the default list that nvcc's stand-in knows
+    "9.0": "90",
+    "8.6;9.0+PTX": "86 90 90+PTX",
+    "7.5 8.0": "80",
+    "Ada": "89 89+PTX",
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("given", ARCHS)
+def test_compiles_for_the_gpus_that_are_named(tree: Tree, given: str) -> None:
+    succeeded(tree.build_cuda(FASTGPT_CUDA="1", TORCH_CUDA_ARCH_LIST=given))
+    flags = set()
+    for arch in ARCHS[given].split():
+        number, _, ptx = arch.partition("+")
+        flags.add(f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}")
+    for words in tree.compiled_by_nvcc().values():
+        assert {word for word in words if "-gencode" in word} == flags
+
+
+UNREADABLE_LISTS = {
+    "7.5": r"it needs compute capability 8\.0 or later, .* TORCH_CUDA_ARCH_LIST='7\.5'$",
+    "8.0;nine": r"TORCH_CUDA_ARCH_LIST='8\.0;nine' was not understood .*nine",
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("given", UNREADABLE_LISTS)
+def test_gpus_that_are_too_old_or_unknown_are_a_reason(tree: Tree, given: str) -> None:
+    succeeded(tree.build_cuda(TORCH_CUDA_ARCH_LIST=given))
+    assert re.match(UNREADABLE_LISTS[given], tree.reason("cuda") or "")
+
+
+def test_an_nvcc_that_fails_leaves_the_other_library_alone(tree: Tree) -> None:
+    (tree.folder / CUDA_LIBRARY).write_text("of an earlier build")
+    cuda = {"FASTGPT_CUDA": "auto", "CUDA_HOME": str(tree.toolkit)}
+    assert "out of luck" in succeeded(tree.build(NVCC_FAILS="probe.o", **cuda))
+    assert tree.reason("cpu") is None
+    assert tree.reason("cuda") == "compiling csrc/cuda failed when fastgpt was installed (pip install -v shows how)"
+
+    (tree.folder / CUDA_LIBRARY).write_text("of an earlier build")
+    succeeded(tree.build_cuda(NVCC_FAILS="-v "))
+    told = f"nvcc ({tree.nvcc}) failed on an empty program when fastgpt was installed (nvcc fatal: out of luck)"
+    assert tree.reason("cuda") == told
+
+    os.utime(tree.folder / "csrc/cpu/layer_norm.cpp")
+    succeeded(tree.build(FAILS="csrc/cpu/layer_norm.cpp", **cuda))
+    assert "compiling csrc failed" in (tree.reason("cpu") or "")
+    assert tree.reason("cuda") is None
+
+
+def test_a_choice_of_1_fails_without_nvcc(tree: Tree) -> None:
+    done = tree.build_cuda(FASTGPT_CUDA="1", CUDA_HOME="/no/such/toolkit")
+    assert done.returncode != 0
+    reason = "there was no nvcc when fastgpt was installed (CUDA_HOME is /no/such/toolkit)"
+    assert done.stderr == f"FASTGPT_CUDA=1, but {reason}\n"
+    done = tree.build_cuda(FASTGPT_CUDA="1", NVCC_FAILS="probe.o")
+    assert done.returncode != 0
+    assert re.search(r"^FASTGPT_CUDA=1, but compiling csrc/cuda failed.*\n\Z", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.full
+def test_nvcc_is_found_where_cuda_home_says_then_on_the_path(tree: Tree) -> None:
+    """Also where /usr/local/cuda has one, which is hidden here."""
+    tree.modules.joinpath("sitecustomize.py").write_text(
+        "import shutil\n"
+        "which = shutil.which\n"
+        "def hide(name, *args, path=None, **more):\n"
+        "    return which(name, *args, path=path and path.replace('/usr/local/cuda/bin', '/no/such'), **more)\n"
+        "shutil.which = hide\n"
+    )
+    folders = [folder for folder in os.environ["PATH"].split(os.pathsep) if not Path(folder, "nvcc").exists()]
+    without, with_nvcc = (os.pathsep.join(paths) for paths in (folders, [str(tree.nvcc.parent), *folders]))
+    other = tree.folder.parent / "other"
+    shutil.copytree(tree.toolkit, other)
+
+    succeeded(tree.build_cuda(CUDA_HOME="", PATH=without))
+    assert "there was no nvcc when fastgpt was installed (neither on PATH" in (tree.reason("cuda") or "")
+    for settings in (
+        {"CUDA_HOME": "", "PATH": with_nvcc},
+        {"CUDA_HOME": "", "CUDA_PATH": str(tree.toolkit), "PATH": without},
+        {"CUDA_HOME": str(tree.toolkit), "CUDA_PATH": str(other), "PATH": str(other / "bin") + os.pathsep + without},
+    ):
+        succeeded(tree.build_cuda(**settings))
+        assert tree.reason("cuda") is None
+        assert str(tree.nvcc) in (tree.folder / next(tree.folder.glob("build/temp*/cuda/build.ninja"))).read_text()
+
+
+# Says what ninja was asked for, and does it.
+NINJA = r"""#!/bin/sh
+echo "ninja $*" >> "$LOG"
+exec "$NINJA" "$@"
+"""
+
+
+def test_max_jobs_limits_nvcc(tree: Tree) -> None:
+    tree.modules.joinpath("sitecustomize.py").write_text(
+        f"import sysconfig\npath = sysconfig.get_path\n"
+        f"sysconfig.get_path = lambda name, *a: {str(tree.nvcc.parent)!r} if name == 'scripts' else path(name, *a)\n"
+    )
+    ninja = tree.nvcc.parent / "ninja"
+    ninja.write_text(NINJA)
+    ninja.chmod(0o755)
+    real = shutil.which("ninja", path=str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
+    if real is None:
+        import ninja as package
+
+        real = str(Path(package.BIN_DIR, "ninja"))
+    succeeded(tree.build_cuda(MAX_JOBS="3", NINJA=real))
+    assert any(re.match(r"ninja .* -j 3$", line) for line in tree.log.read_text().splitlines())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,6 +417,8 @@ import sys
 import torch
 from fastgpt import extension, ops
 assert extension.__file__.startswith(sys.prefix), extension.__file__
+assert (extension.source_folder() / "cuda" / "prims.cuh").is_relative_to(sys.prefix)
+assert (extension.source_folder() / "cuda" / "prims.cuh").exists()
 x, weight = torch.randn(7, 65, requires_grad=True), torch.randn(65, requires_grad=True)
 y = ops.layer_norm(x, weight, backend="cpp")
 expected = torch.nn.functional.layer_norm(x, (65,), weight)

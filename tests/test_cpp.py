@@ -20,7 +20,7 @@ from torch import Tensor
 from fastgpt import GPT, GPTConfig, dispatch, extension, ops, reference, use_backend
 from fastgpt.optim import AdamW, gradients
 
-pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+pytestmark = pytest.mark.skipif(extension.cpp_missing() is not None, reason=str(extension.cpp_missing()))
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -285,7 +285,7 @@ def run_python(code: str, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def instruction_sets() -> list[str]:
     """Those that this processor and this build have, each of which FASTGPT_CPU_ISA chooses."""
-    code = "from fastgpt import extension; print(extension.missing() is None and extension.isa())"
+    code = "from fastgpt import extension; print(extension.cpp_missing() is None and extension.isa())"
     names = ("baseline", "avx2", "avx512", "avx512_bf16")
     chosen = {name: run_python(code, FASTGPT_CPU_ISA=name) for name in names}
     assert all(said in (name, "False") for name, said in chosen.items())

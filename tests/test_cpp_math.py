@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgpt import extension
 
-pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+pytestmark = pytest.mark.skipif(extension.cpp_missing() is not None, reason=str(extension.cpp_missing()))
 
 # The bounds that math.h states.
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
@@ -20,14 +20,14 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "erf": (torch.erf, 1.7),
 }
 
-_library = torch.library.Library(extension.NAMESPACE, "FRAGMENT")
+_library = torch.library.Library(extension.cpu.namespace, "FRAGMENT")
 _library.define("math(Tensor x, str name) -> Tensor")
 
 
 def worst_error(name: str, x: Tensor) -> float:
     """The largest error over ``x``, in units of the last place; infinity where a special value is wrong."""
     true = FUNCTIONS[name][0](x.double())
-    got = extension.op("math")(x, name)
+    got = extension.cpu.op("math")(x, name)
     # Beyond fp32, what the true result rounds to is the only right one, and so are NaN, infinities and zeros.
     nearest = true.float()
     exact = ~nearest.isfinite() | (true == 0)
@@ -64,7 +64,7 @@ def test_special_values(name: str) -> None:
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([0.0, -0.0, 1.0, inf, -inf, nan, 1e-42, 3e38, -3e38])
     wanted = FUNCTIONS[name][0](x.double()).float()
-    got = extension.op("math")(x, name)
+    got = extension.cpu.op("math")(x, name)
     torch.testing.assert_close(got, wanted, rtol=3e-7, atol=0, equal_nan=True)
     exact = [0, 1, 3, 4, 7, 8] if name != "log" else [0, 1, 2, 3]
     assert [repr(v) for v in got[exact].tolist()] == [repr(v) for v in wanted[exact].tolist()], (
@@ -76,6 +76,6 @@ def test_special_values(name: str) -> None:
 def test_the_bits_do_not_depend_on_the_place(name: str) -> None:
     """Threads cut a tensor anywhere: an element may be in a whole vector or in the rest beyond the last one."""
     x = torch.cat([torch.randn(500).abs(), torch.randn(500) * 20])
-    whole = extension.op("math")(x, name)
-    alone = torch.cat([extension.op("math")(one, name) for one in x.split(1)])
+    whole = extension.cpu.op("math")(x, name)
+    alone = torch.cat([extension.cpu.op("math")(one, name) for one in x.split(1)])
     assert torch.equal(whole.view(torch.int32), alone.view(torch.int32))

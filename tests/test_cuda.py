@@ -25,13 +25,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 CONFIG = GPTConfig(block_size=33, vocab_size=65, n_layer=2, n_head=2, n_embd=48, dropout=0.2)
 NAMES = list(small_calls("cpu"))
 every_call = pytest.mark.parametrize("name", NAMES)
+every_backend = pytest.mark.parametrize("backend", ["triton", "cuda"])
 
 
 class Step:
-    """A training step on Triton, always of the same batch; ``loss`` and ``mask`` are those of the last one."""
+    """A training step on our kernels, always of the same batch; ``loss`` and ``mask`` are those of the last one."""
 
-    def __init__(self, model: GPT) -> None:
-        self.model = model
+    def __init__(self, model: GPT, backend: str) -> None:
+        self.model, self.backend = model, backend
         self.optimizer = build_optimizer(model, TrainConfig(lr=1e-2))
         for group in self.optimizer.param_groups:
             group["lr"] = torch.full((), 1e-2, device=DEVICE)  # on the device, where a graph reads it at each replay
@@ -41,7 +42,7 @@ class Step:
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        with use_backend("triton"):
+        with use_backend(self.backend):
             _, self.loss = self.model(self.idx, self.targets)
             self.loss.backward()
             ops.clip_grad_norm_(gradients(self.model), 1.0)
@@ -79,10 +80,11 @@ def warm_up(step: Step) -> None:
     torch.cuda.current_stream().wait_stream(side)
 
 
-def test_a_training_step_in_a_cuda_graph_is_that_of_eager_mode() -> None:
+@every_backend
+def test_a_training_step_in_a_cuda_graph_is_that_of_eager_mode(backend: str) -> None:
     torch.manual_seed(0)
     model = GPT(CONFIG).to(DEVICE)
-    eager, graphed = Step(copy.deepcopy(model)), Step(model)
+    eager, graphed = Step(copy.deepcopy(model), backend), Step(model, backend)
     graph = captured(graphed)
     warm_up(eager)
     rates = [1e-2] * 30 + [1e-3] * 10
@@ -96,9 +98,10 @@ def test_a_training_step_in_a_cuda_graph_is_that_of_eager_mode() -> None:
     assert losses[-1] < 0.6 * losses[0], losses
 
 
-def test_a_graph_reads_the_learning_rate_at_each_replay() -> None:
+@every_backend
+def test_a_graph_reads_the_learning_rate_at_each_replay(backend: str) -> None:
     torch.manual_seed(0)
-    step = Step(GPT(CONFIG).to(DEVICE))
+    step = Step(GPT(CONFIG).to(DEVICE), backend)
     graph = captured(step)
     before = [p.detach().clone() for p in step.model.parameters()]
     step.run(graph.replay, [0.0])
@@ -114,15 +117,16 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@every_backend
 @pytest.mark.usefixtures("fresh_compiler")
-def test_the_compiled_model_is_that_of_eager_mode() -> None:
+def test_the_compiled_model_is_that_of_eager_mode(backend: str) -> None:
     model = GPT(CONFIG).to(DEVICE)
     twin = copy.deepcopy(model)
     tokens = torch.randint(CONFIG.vocab_size, (3, CONFIG.block_size + 1), device=DEVICE)
     results = []
     for gpt, run in ((model, model), (twin, torch.compile(twin, fullgraph=True))):
         torch.manual_seed(3)
-        with use_backend("triton"):
+        with use_backend(backend):
             _, loss = run(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
         results.append([loss.detach(), *(p.grad for p in gpt.parameters())])
@@ -131,19 +135,21 @@ def test_the_compiled_model_is_that_of_eager_mode() -> None:
 
 
 @every_call
-def test_two_runs_give_the_same_bits(name: str) -> None:
-    call = small_calls(DEVICE, batch=61)[name]
+@every_backend
+def test_two_runs_give_the_same_bits(name: str, backend: str) -> None:
+    call = small_calls(DEVICE, batch=61, backend=backend)[name]
     first = call()
     for _ in range(3):
         assert all(map(torch.equal, call(), first))
 
 
 @every_call
-def test_a_second_gpu_runs_what_lies_on_it(name: str) -> None:
+@every_backend
+def test_a_second_gpu_runs_what_lies_on_it(name: str, backend: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     assert torch.cuda.current_device() == 0
-    there, here = (small_calls(f"cuda:{index}")[name]() for index in (1, 0))
+    there, here = (small_calls(f"cuda:{index}", backend=backend)[name]() for index in (1, 0))
     assert {x.device.index for x in there} == {1}
     for got, wanted in zip(there, here, strict=True):
         torch.testing.assert_close(got.cpu(), wanted.cpu())

@@ -140,15 +140,15 @@ def test_torch_is_right_and_can_be_timed(case: Case) -> None:
     assert setup.errors["torch"]() < 1e-5
     assert setup.parts.keys() == case.work.keys()
     for contestants in setup.parts.values():
-        assert contestants.keys() == setup.errors.keys() >= {"triton", "torch"}
+        assert contestants.keys() == setup.errors.keys() >= {"triton", "cuda", "torch"}
         contestants["torch"].call(contestants["torch"].prepare())
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", tiny_cases(), ids=lambda case: case.op)
-def test_triton_and_compile_are_right_and_can_be_timed(case: Case) -> None:
+def test_ours_and_compile_are_right_and_can_be_timed(case: Case) -> None:
     setup = case.build(CPU)
-    for name in {"triton", "torch.compile", "torch, fused"} & setup.errors.keys():
+    for name in {"triton", "cuda", "torch.compile", "torch, fused"} & setup.errors.keys():
         assert setup.errors[name]() < 1e-5
         for contestants in setup.parts.values():
             contestants[name].call(contestants[name].prepare())
@@ -215,8 +215,9 @@ def test_small_calls_cover_every_op_and_repeat_themselves() -> None:
 
 
 @pytest.mark.full
-def test_every_small_call_runs() -> None:
-    for name, call in gpu_cases.small_calls(CPU, F32).items():
+@pytest.mark.parametrize("backend", gpu_cases.OURS)
+def test_every_small_call_runs(backend: str) -> None:
+    for name, call in gpu_cases.small_calls(CPU, F32, backend=backend).items():
         assert all(torch.isfinite(x).all() for x in call()), name
 
 
@@ -281,7 +282,9 @@ def test_statistics() -> None:
         "of_floor": 0.5,
         "samples_ms": [2.0, 4.0, 3.0],
     }
-    assert gpu_check.ratios({"triton": ours, "torch": theirs}) == {"torch": {"median": 2.0, "min": 1.0, "max": 3.0}}
+    assert gpu_check.ratios({"triton": ours, "torch": theirs}) == {
+        "triton": {"torch": {"median": 2.0, "min": 1.0, "max": 3.0}}
+    }
     assert gpu_check.ratios({"torch": theirs}) == {}
 
 
@@ -317,7 +320,7 @@ def test_only_who_is_right_is_timed() -> None:
         assert row["floor_ms"] == pytest.approx(floor)
         assert row["times"]["triton"]["of_floor"] == pytest.approx(floor / 2)
         assert row["times"]["triton"]["relative_error"] == 0.01
-        assert row["ratios"] == {"b": {"median": 1.5, "min": 1.5, "max": 1.5}}
+        assert row["ratios"] == {"triton": {"b": {"median": 1.5, "min": 1.5, "max": 1.5}}}
         assert row["left_out"] == {
             "torch": "wrong: its relative error is 0.011, allowed is 0.01",
             "other": "wrong: its relative error is nan, allowed is 0.01",
@@ -698,9 +701,9 @@ esac
     ("planted", "found", "valid", "problems"),
     [
         (1, 0, True, []),
-        (1, 4, True, ["memcheck found 4 errors"]),
+        (1, 4, True, [f"memcheck of every {backend} op found 4 errors" for backend in gpu_cases.OURS]),
         (0, 0, False, ["memcheck did not find the planted fault, so its other results mean nothing"]),
-        (1, "no", False, ["memcheck did not come to its end"]),
+        (1, "no", False, [f"memcheck of every {backend} op did not come to its end" for backend in gpu_cases.OURS]),
     ],
 )
 def test_the_sanitize_stage(
@@ -721,8 +724,10 @@ def test_the_sanitize_stage(
     data = written(record)
     assert [(row["tool"], row["program"]) for row in data["results"]] == [
         ("memcheck", "a planted fault"),
-        ("memcheck", "every op"),
-        ("racecheck", "every op"),
+        ("memcheck", "every triton op"),
+        ("memcheck", "every cuda op"),
+        ("racecheck", "every triton op"),
+        ("racecheck", "every cuda op"),
     ]
     assert (data["problems"], data["valid"]) == (problems, valid)
 

@@ -20,8 +20,8 @@ LAYERS = (
     ("ops",),
     ("dispatch",),
     ("reference", "torch_native"),
-    ("triton_kernels", "extension"),
     ("emulator",),
+    ("triton_kernels", "extension"),
     # Below everything: they know nothing of models or ops.
     ("config", "tokenizer", "files", "kernel_ops"),
 )

@@ -17,7 +17,7 @@ from fastgpt import dispatch, extension, kernel_ops, ops, use_backend
 from fastgpt.triton_kernels import library
 
 F32 = torch.float32
-KERNEL_BACKENDS = {"triton": library.op, "cpp": extension.op}
+KERNEL_BACKENDS = {"triton": library.op, "cpp": extension.cpu.op, "cuda": extension.cuda.op}
 
 every_kernel_backend = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 every_op = pytest.mark.parametrize("name", kernel_ops.SCHEMAS)

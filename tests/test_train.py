@@ -8,7 +8,7 @@ import torch
 from conftest import preferred_on_cpu
 from rich.console import Console
 
-from fastgpt import GPTConfig, ops
+from fastgpt import GPTConfig, dispatch, ops
 from fastgpt.checkpoint import find_checkpoint, load_model, read_config
 from fastgpt.config import BigramConfig, TrainConfig, UserError
 from fastgpt.metrics import Metrics, read_metrics
@@ -340,13 +340,14 @@ def test_the_backend_is_the_one_that_runs(tmp_path, backend, monkeypatch):
     ("changes", "sentence"),
     [
         ({"backend": "fast"}, "--backend: unknown backend 'fast'"),
-        ({"backend": "cuda"}, "backend 'cuda' cannot run attention here: this version of fastgpt does not include"),
+        ({"backend": "cuda"}, "backend 'cuda' cannot run attention here: because of this test"),
         ({"backend": "attn=torch"}, "--backend: unknown op 'attn'"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": "cuda:99"}, "device cuda:99 is not there: PyTorch sees"),
     ],
 )
-def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, changes, sentence):
+def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, changes, sentence, own_table):
+    dispatch.mark_absent("cuda", "because of this test")
     with pytest.raises(UserError, match=sentence):
         trainer(tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()

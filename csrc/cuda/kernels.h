@@ -52,6 +52,152 @@ struct LayerNormBwd {
 void layer_norm_fwd(const LayerNormFwd& a, cudaStream_t stream);
 void layer_norm_bwd(const LayerNormBwd& a, cudaStream_t stream);
 
+struct SoftmaxFwd {
+  Rows x;   // (M, N)
+  void* y;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;  // rows of one causal matrix, or 0 where nothing is masked
+  float scale;
+  Dtype dtype;
+};
+
+struct SoftmaxBwd {
+  Rows dy;   // (M, N)
+  Rows y;    // (M, N)
+  void* dx;  // (M, N), contiguous
+  int64_t M, N;
+  int64_t Tq;
+  float scale;
+  Dtype dtype;
+};
+
+void softmax_fwd(const SoftmaxFwd& a, cudaStream_t stream);
+void softmax_bwd(const SoftmaxBwd& a, cudaStream_t stream);
+
+struct GeluFwd {
+  Rows x;            // (M, N)
+  const void* bias;  // (N,), or null
+  void* y;           // (M, N), contiguous
+  int64_t M, N;
+  Dtype dtype;       // of x and y
+  Dtype bias_dtype;  // dtype, or fp32
+  bool tanh;         // the approximation
+};
+
+struct GeluBwd {
+  Rows dy;  // (M, N)
+  Rows x;   // (M, N)
+  const void* bias;
+  void* dx;        // (M, N), contiguous
+  void* dbias;     // (N,), untouched where there is no bias
+  float* partial;  // (row_blocks(M), N): each block's share of dbias
+  int64_t M, N;
+  Dtype dtype;
+  Dtype bias_dtype;  // of bias and dbias
+  bool tanh;
+};
+
+void gelu_fwd(const GeluFwd& a, cudaStream_t stream);
+void gelu_bwd(const GeluBwd& a, cudaStream_t stream);
+
+struct Dropout {
+  const void* x;  // (n,), contiguous: the input, or the gradient of the output
+  void* y;        // (n,)
+  int64_t n;
+  Drop drop;
+  Dtype dtype;
+};
+
+void dropout(const Dropout& a, cudaStream_t stream);
+
+struct AddLayerNormFwd {
+  Rows x;         // (M, N)
+  Rows residual;  // (M, N)
+  const void* weight;
+  const void* bias;    // or null
+  void* y;             // (M, N), contiguous
+  void* residual_out;  // (M, N), contiguous
+  float* mean;
+  float* rstd;
+  int64_t M, N;
+  float eps;
+  Drop drop;           // of x
+  Dtype dtype;         // of x and y
+  Dtype stream_dtype;  // of residual and residual_out: dtype, or fp32
+  Dtype weight_dtype;  // of weight and bias: dtype, or fp32
+};
+
+struct AddLayerNormBwd {
+  Rows dy;             // (M, N)
+  Rows dresidual_out;  // (M, N), or null where the stream ends
+  Rows residual_out;   // (M, N)
+  const void* weight;
+  const float* mean;
+  const float* rstd;
+  void* dx;         // (M, N), contiguous; null where it would be dresidual
+  void* dresidual;  // (M, N), contiguous
+  void* dweight;
+  void* dbias;
+  float* partial;  // (row_blocks(M), 2, N)
+  int64_t M, N;
+  Drop drop;
+  Dtype dtype;         // of dy and dx
+  Dtype stream_dtype;  // of residual_out and both gradients of the stream
+  Dtype weight_dtype;  // of weight, dweight and dbias
+};
+
+void add_layer_norm_fwd(const AddLayerNormFwd& a, cudaStream_t stream);
+void add_layer_norm_bwd(const AddLayerNormBwd& a, cudaStream_t stream);
+
+struct CrossEntropyFwd {
+  Rows logits;             // (M, V)
+  const int64_t* targets;  // (M,)
+  void* dlogits;           // (M, V), contiguous, or null; may be the logits themselves
+  float* losses;           // (M,), 0 where the target is ignore_index
+  float* stats;            // (2, M): the row's maximum, and the logarithm of the sum of exponentials below it
+  int64_t M, V;
+  int64_t ignore_index;
+  const float* grad_scale;  // what the gradient of the sum of losses is multiplied by; null is 1
+  Dtype dtype;
+};
+
+struct CrossEntropyBwd {
+  Rows logits;             // (M, V)
+  const int64_t* targets;  // (M,)
+  void* dlogits;           // (M, V), contiguous
+  const float* stats;      // (2, M)
+  int64_t M, V;
+  int64_t ignore_index;
+  const float* dloss;
+  const float* inverse_count;
+  Dtype dtype;
+};
+
+struct ScaleGradient {
+  void* gradient;  // (n,), changed unless the factor is 1
+  int64_t n;
+  const float* factor;
+  Dtype dtype;
+};
+
+struct AddScaled {
+  float* total;      // (n,), added to
+  const void* part;  // (n,)
+  int64_t n;
+  float factor;
+  bool first;   // total has no value yet
+  Dtype dtype;  // of part
+};
+
+// 1 / the number of targets that count: infinite where none does.
+void inverse_count(const int64_t* targets, int64_t M, int64_t ignore_index, float* inverse, cudaStream_t stream);
+// The sum of losses times that: NaN where no target counts.
+void mean_loss(const float* losses, int64_t M, const float* inverse, float* loss, cudaStream_t stream);
+void cross_entropy_fwd(const CrossEntropyFwd& a, cudaStream_t stream);
+void cross_entropy_bwd(const CrossEntropyBwd& a, cudaStream_t stream);
+void scale_gradient(const ScaleGradient& a, cudaStream_t stream);
+void add_scaled(const AddScaled& a, cudaStream_t stream);
+
 // How many blocks share M rows where each keeps a sum over its rows: by M alone, so that the sums have the same bits on
 // every GPU. 512 fill a large one (132 to 148 multiprocessors) three to four times; with fewer than 8 rows to a block,
 // its sums would be a good part of what it moves.

@@ -2,96 +2,52 @@
 // dx written, 3MNs; dweight and dbias are summed in registers over all rows of a block, and its (2, N) line of partial
 // sums is all that goes through memory besides.
 
-#include "column_sum.cuh"
-#include "rows.cuh"
+#include "norm.cuh"
 
 namespace fastgpt::cuda {
 namespace {
 
-template <class T, class P, int kItems>
+template <class T, int kItems>
 __global__ void __launch_bounds__(kRowThreads) layer_norm_fwd_kernel(LayerNormFwd a, bool vectors) {
   ROW_REDUCTION(reduce);
-  constexpr int kCount = Row<T, kItems>::kCount;
+  constexpr int kCount = kVecSize<T>;
   const int64_t m = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (m >= a.M) return;  // the whole row: where several warps share one, it has a block of its own
   const Row<T, kItems> x(static_cast<const T*>(a.x.data) + m * a.x.stride, a.N, vectors);
-  float sum = 0.0f;
-  for_each_item<kItems, kCount>(a.N, [&](int i, int64_t c, int64_t left) {
-    float v[kCount];
-    x.get(v, i, c, left);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) sum += v[j];
-  });
-  const float mean = reduce.sum(sum) / a.N;
-  float squares = 0.0f;  // about the mean: about zero they would lose their digits where the mean is large
-  for_each_item<kItems, kCount>(a.N, [&](int i, int64_t c, int64_t left) {
-    float v[kCount];
-    x.get(v, i, c, left);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) squares += j < left ? (v[j] - mean) * (v[j] - mean) : 0.0f;
-  });
-  const float rstd = rsqrtf(reduce.sum(squares) / a.N + a.eps);
-  const P* weight = static_cast<const P*>(a.weight);
-  const P* bias = static_cast<const P*>(a.bias);
-  T* y = static_cast<T*>(a.y) + m * a.N;
-  for_each_item<kItems, kCount>(a.N, [&](int i, int64_t c, int64_t left) {
-    float v[kCount], w[kCount], b[kCount] = {};
-    x.get(v, i, c, left);
-    load_floats(w, weight + c, left, vectors);
-    if (bias != nullptr) load_floats(b, bias + c, left, vectors);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) v[j] = (v[j] - mean) * rstd * w[j] + b[j];
-    store_floats(y + c, v, left, vectors);
-  });
+  const auto get = [&](float (&v)[kCount], int i, int64_t c, int64_t left) { x.get(v, i, c, left); };
+  const Moments moments = row_moments<kItems, kCount>(a.N, reduce, get);
+  const float rstd = rsqrtf(moments.variance + a.eps);
+  normalize_row<kItems, kCount>(static_cast<T*>(a.y) + m * a.N, a.N, get, moments.mean, rstd,
+                                Parameter<T>(a.weight, a.weight_dtype), Parameter<T>(a.bias, a.weight_dtype), vectors);
   if (threadIdx.x == 0) {
-    stg(a.mean + m, mean);
+    stg(a.mean + m, moments.mean);
     stg(a.rstd + m, rstd);
   }
 }
 
-// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * weight.
-template <class T, class P, int kItems>
+template <class T, int kItems>
 __global__ void __launch_bounds__(kRowThreads) layer_norm_bwd_kernel(LayerNormBwd a, bool vectors) {
   ROW_REDUCTION(reduce);
-  constexpr int kCount = Row<T, kItems>::kCount;
-  const P* weight = static_cast<const P*>(a.weight);
-  ColumnSums<kItems, kCount> dweight, dbias;
-  float* line = a.partial + static_cast<int64_t>(blockIdx.x) * 2 * a.N;
+  constexpr int kCount = kVecSize<T>;
+  NormGradient<kItems, kCount, T> gradient(Parameter<T>(a.weight, a.weight_dtype),
+                                           a.partial + static_cast<int64_t>(blockIdx.x) * 2 * a.N, a.N, vectors);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   for (int64_t m = first; m < a.M; m += static_cast<int64_t>(gridDim.x) * blockDim.y) {
-    const float mean = ldg(a.mean + m), rstd = ldg(a.rstd + m);
     const Row<T, kItems> x(static_cast<const T*>(a.x.data) + m * a.x.stride, a.N, vectors);
     const Row<T, kItems> dy(static_cast<const T*>(a.dy.data) + m * a.dy.stride, a.N, vectors);
-    float sum_g = 0.0f, sum_gx = 0.0f;
-    for_each_item<kItems, kCount>(a.N, [&](int i, int64_t c, int64_t left) {
-      float v[kCount], d[kCount], w[kCount];
-      x.get(v, i, c, left);
-      dy.get(d, i, c, left);
-      load_floats(w, weight + c, left, vectors);
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {  // beyond the row's end dy is 0, and with it all of this
-        const float xhat = (v[j] - mean) * rstd, g = d[j] * w[j];
-        sum_g += g;
-        sum_gx += g * xhat;
-        v[j] = d[j] * xhat;
-      }
-      dweight.add(v, i, line + c, left, m == first, vectors);
-      dbias.add(d, i, line + a.N + c, left, m == first, vectors);
-    });
-    const float mean_g = reduce.sum(sum_g) / a.N, mean_gx = reduce.sum(sum_gx) / a.N;
+    const auto get_x = [&](float (&v)[kCount], int i, int64_t c, int64_t left) { x.get(v, i, c, left); };
+    const auto get_dy = [&](float (&d)[kCount], int i, int64_t c, int64_t left) { dy.get(d, i, c, left); };
+    gradient.sum_up(get_x, get_dy, ldg(a.mean + m), ldg(a.rstd + m), m == first, reduce);
     T* dx = static_cast<T*>(a.dx) + m * a.N;
     for_each_item<kItems, kCount>(a.N, [&](int i, int64_t c, int64_t left) {
-      float v[kCount], d[kCount], w[kCount];
+      float v[kCount], d[kCount];
       x.get(v, i, c, left);
       dy.get(d, i, c, left);
-      load_floats(w, weight + c, left, vectors);
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) v[j] = rstd * (d[j] * w[j] - mean_g - (v[j] - mean) * rstd * mean_gx);
+      gradient.dx(v, d, c, left);
       store_floats(dx + c, v, left, vectors);
     });
   }
-  dweight.finish(line, a.N, first < a.M, vectors);
-  dbias.finish(line + a.N, a.N, first < a.M, vectors);
+  gradient.finish(first < a.M);
 }
 
 }  // namespace
@@ -99,11 +55,10 @@ __global__ void __launch_bounds__(kRowThreads) layer_norm_bwd_kernel(LayerNormBw
 void layer_norm_fwd(const LayerNormFwd& a, cudaStream_t stream) {
   const bool vectors = are_vectors(a.x, a.N, a.dtype) && are_vectors(a.y, a.N, a.N, a.dtype) &&
                        are_vectors(a.weight, 0, a.N, a.weight_dtype) && are_vectors(a.bias, 0, a.N, a.weight_dtype);
-  with_dtypes(a.dtype, a.weight_dtype, [&](auto x, auto weight) {
+  with_dtype(a.dtype, [&](auto x) {
     using T = decltype(x);
-    using P = decltype(weight);
     with_row_blocks<T>(a.N, [&](const RowBlocks& blocks, auto items) {
-      launch<layer_norm_fwd_kernel<T, P, items()>>(blocks.grid(a.M), blocks.block, 0, stream, a, vectors);
+      launch<layer_norm_fwd_kernel<T, items()>>(blocks.grid(a.M), blocks.block, 0, stream, a, vectors);
     });
   });
 }
@@ -111,13 +66,15 @@ void layer_norm_fwd(const LayerNormFwd& a, cudaStream_t stream) {
 void layer_norm_bwd(const LayerNormBwd& a, cudaStream_t stream) {
   const bool vectors = are_vectors(a.x, a.N, a.dtype) && are_vectors(a.dy, a.N, a.dtype) &&
                        are_vectors(a.dx, a.N, a.N, a.dtype) && are_vectors(a.weight, 0, a.N, a.weight_dtype);
-  with_dtypes(a.dtype, a.weight_dtype, [&](auto x, auto weight) {
+  with_dtype(a.dtype, [&](auto x) {
     using T = decltype(x);
-    using P = decltype(weight);
     with_row_blocks<T>(a.N, [&](const RowBlocks& blocks, auto items) {
-      launch<layer_norm_bwd_kernel<T, P, items()>>(dim3(static_cast<unsigned>(row_blocks(a.M))), blocks.block,
-                                                   column_sums_bytes<T>(blocks), stream, a, vectors);
+      launch<layer_norm_bwd_kernel<T, items()>>(dim3(static_cast<unsigned>(row_blocks(a.M))), blocks.block,
+                                                column_sums_bytes<T>(blocks), stream, a, vectors);
     });
+  });
+  with_dtype(a.weight_dtype, [&](auto p) {
+    using P = decltype(p);
     column_sum(a.partial, row_blocks(a.M), a.N, static_cast<P*>(a.dweight), static_cast<P*>(a.dbias), stream);
   });
 }

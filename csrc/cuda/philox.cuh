@@ -55,11 +55,19 @@ class Dropper {
   // Drops elements first, first + 1, ... of an elementwise dropout.
   template <int kCount>
   FASTGPT_PRIM void operator()(float (&values)[kCount], int64_t first) const {
-    Words words{};
+    static_assert(kCount % 4 == 0);
+    const int skipped = static_cast<int>(first % 4);  // words of the first four; 0 in rows of a multiple of 4
+    Words words = elements(first / 4);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (j == 0 || (first + j) % 4 == 0) words = elements((first + j) / 4);
-      values[j] = (*this)(values[j], words.at(first + j));
+    for (int j = 0; j < kCount; j += 4) {
+      const bool more = j + 4 < kCount || skipped != 0;
+      const Words next = more ? elements(first / 4 + j / 4 + 1) : words;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int at = skipped + k;
+        values[j + k] = (*this)(values[j + k], at < 4 ? words.at(at) : next.at(at));
+      }
+      words = next;
     }
   }
 

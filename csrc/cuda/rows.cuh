@@ -67,12 +67,10 @@ FASTGPT_PRIM void for_each_item(int64_t N, F f) {
   }
 }
 
-// One row of N elements of T, as this thread sees it.
-template <class T, int kItems>
+// One row of N elements of T, as this thread sees it, in items of kCount: 16 bytes, or less beside a wider tensor.
+template <class T, int kItems, int kCount = kVecSize<T>>
 class Row {
  public:
-  static constexpr int kCount = kVecSize<T>;  // elements of an item
-
   FASTGPT_PRIM Row(const T* data, int64_t N, bool vectors) : data_(data), vectors_(vectors) {
     if constexpr (kItems > 0) {
       for_each_item<kItems, kCount>(N, [&](int i, int64_t c, int64_t left) { read(kept_[i], c, left); });

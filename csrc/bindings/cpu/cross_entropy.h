@@ -1,16 +1,11 @@
-// What cross_entropy and linear_cross_entropy share.
+// What cross_entropy and linear_cross_entropy on CPU tensors share.
 
 #pragma once
 
+#include "../cross_entropy.h"
 #include "tensor.h"
 
 namespace fastgpt {
-
-inline const int64_t* targets_of(const Tensor& targets, int64_t M, const char* op) {
-  require(targets.scalar_type() == ScalarType::Long && targets.numel() == M && targets.is_contiguous(), op,
-          "targets must be int64, one for each row");
-  return static_cast<const int64_t*>(targets.data_ptr());
-}
 
 // 1 / the number of targets that count: infinite where none does.
 inline float inverse_count_of(const int64_t* targets, int64_t M, int64_t ignore_index) {

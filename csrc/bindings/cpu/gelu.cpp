@@ -1,14 +1,11 @@
 // gelu on CPU tensors.
 
+#include "../gelu.h"
+
 #include "tensor.h"
 
 namespace fastgpt {
 namespace {
-
-bool is_tanh(const std::string& approximate, const char* op) {
-  require(approximate == "none" || approximate == "tanh", op, "approximate must be none or tanh");
-  return approximate == "tanh";
-}
 
 Tensor gelu_fwd(const Tensor& x, const std::optional<Tensor>& bias, std::string approximate) {
   const Matrix rows(x);

@@ -1,121 +1,42 @@
-// linear_cross_entropy on CPU tensors: torch's matrix products around the kernel of cross_entropy.
-//
-// The rows go through in chunks, in one buffer of logits: a product makes them, one pass turns them in place into their
-// own gradient, and two products use that up for dx and dweight. So the full logits never exist, and none is made
-// twice.
+// linear_cross_entropy on CPU tensors.
+
+#include "../linear_cross_entropy.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
-#include <algorithm>
 
 #include "cross_entropy.h"
 
 namespace fastgpt {
 namespace {
 
-// Bytes of one chunk's logits: 1334 rows of GPT-2's vocabulary in bf16. Chunks that fit a cache lose: each one reads
-// and writes dweight, which is as large as the weight, and that has to be little beside the products. A vocabulary of
-// characters is one chunk anyway.
-constexpr int64_t kBytesAtOnce = int64_t{1} << 27;
+struct Cpu {
+  // 1334 rows of GPT-2's vocabulary in bf16. Chunks that fit a cache lose: each one reads and writes dweight, which is
+  // as large as the weight, and that has to be little beside the products. A vocabulary of characters is one chunk
+  // anyway.
+  static constexpr int64_t kBytesAtOnce = int64_t{1} << 27;
+  static constexpr auto mm_out = aoti_torch_cpu_mm_out;
+  static constexpr auto addmm_out = aoti_torch_cpu_addmm_out;
+  static constexpr auto mul_Scalar = aoti_torch_cpu_mul_Scalar;
 
-// `rows` rows of a contiguous (..., N) tensor from `start` on; transposed where asked for.
-Tensor some_rows(const Tensor& x, int64_t start, int64_t rows, bool transposed = false) {
-  const int64_t N = x.size(1);
-  const int64_t sizes[2] = {transposed ? N : rows, transposed ? rows : N};
-  const int64_t strides[2] = {transposed ? 1 : N, transposed ? N : 1};
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, start * N, &handle));
-  return Tensor(handle);
-}
-
-// out = a @ b
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
-
-// The sum over all rows of dlogits.T @ x, in fp32, a chunk at a time.
-class WeightGradient {
- public:
-  WeightGradient(const Tensor& weight, const Tensor& x, int64_t V)
-      : total_(fresh(x, {V, weight.size(1)}, ScalarType::Float)), dtype_(dtype_of(x, "linear_cross_entropy_fwd")) {}
-
-  void add(const Tensor& dlogits, const Tensor& x) {
-    const Tensor turned = some_rows(dlogits, 0, dlogits.size(0), true);
-    if (dtype_ == Dtype::fp32) {
-      TORCH_ERROR_CODE_CHECK(
-          aoti_torch_cpu_addmm_out(total_.get(), total_.get(), turned.get(), x.get(), empty_ ? 0.0 : 1.0, 1.0));
-    } else {
-      // In half precision the product comes out rounded. In fp16 it might overflow, summed over the chunk's rows: it is
-      // made of an x that a power of two has shrunk.
-      float grow = 1.0f;
-      Tensor small = x;
-      if (dtype_ == Dtype::fp16) {
-        while (grow <= static_cast<float>(x.size(0))) grow *= 2.0f;
-        small = torch::stable::clone(x);
-        kernels().scale_gradient(pool(), {small.data_ptr(), small.numel(), 1.0f / grow, dtype_});
-      }
-      if (!part_) part_ = fresh_like(total_, x.scalar_type());
-      multiply(*part_, turned, small);
-      kernels().add_scaled(pool(), {floats(total_), part_->data_ptr(), total_.numel(), grow, empty_, dtype_});
-    }
-    empty_ = false;
+  void cross_entropy(const Rows& logits, const int64_t* targets, void* dlogits, float* losses, float* stats, int64_t M,
+                     int64_t V, int64_t ignore_index, Dtype dtype) const {
+    kernels().cross_entropy_fwd(pool(), {logits, targets, dlogits, losses, stats, M, V, ignore_index, 1.0f, dtype});
   }
+  void add_scaled(const AddScaled& a) const { kernels().add_scaled(pool(), a); }
 
-  Tensor total() {
-    if (empty_) torch::stable::zero_(total_);
-    return total_;
+  std::pair<Tensor, Tensor> mean(const Tensor& losses, const int64_t* targets, int64_t ignore_index) const {
+    const int64_t M = losses.numel();
+    const float inverse_count = inverse_count_of(targets, M, ignore_index);
+    return {scalar(losses, mean_loss(floats(losses), M, inverse_count)), scalar(losses, inverse_count)};
   }
-
- private:
-  Tensor total_;
-  std::optional<Tensor> part_;
-  Dtype dtype_;
-  bool empty_ = true;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(const Tensor& x_, const Tensor& weight_,
-                                                                    const Tensor& targets, int64_t ignore_index,
-                                                                    bool with_gradient) {
-  const char* op = "linear_cross_entropy_fwd";
-  require(x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1), op, "x must be (M, C), weight (V, C)");
-  require(x_.scalar_type() == weight_.scalar_type(), op, "weight must have x's dtype");
-  const Tensor x = dense(x_), weight = dense(weight_), t = dense(targets);
-  const int64_t M = x.size(0), C = x.size(1), V = weight.size(0);
-  const int64_t* classes = targets_of(t, M, op);
-  const float inverse_count = inverse_count_of(classes, M, ignore_index);
-  const int64_t at_most = std::max<int64_t>(16, kBytesAtOnce / (V * (x.scalar_type() == ScalarType::Float ? 4 : 2)));
-  const int64_t chunks = std::max<int64_t>(1, (M + at_most - 1) / at_most);
-  const int64_t chunk = (M + chunks - 1) / chunks;  // all of a size: a small last one would cost as much dweight
-  const Tensor buffer = fresh(x, {chunk, V}, x.scalar_type());
-  const Tensor losses = fresh(x, {M}, ScalarType::Float), stats = fresh(x, {2, chunk}, ScalarType::Float);
-  const Tensor columns = some_rows(weight, 0, V, true);
-  Tensor dx = fresh(x, {with_gradient ? M : 0, C}, x.scalar_type());
-  WeightGradient dweight(weight, x, with_gradient ? V : 0);
-  for (int64_t start = 0; start < M; start += chunk) {
-    const int64_t rows = std::min(chunk, M - start);
-    const Tensor x_rows = some_rows(x, start, rows), logits = some_rows(buffer, 0, rows);
-    multiply(logits, x_rows, columns);
-    void* dlogits = with_gradient ? logits.data_ptr() : nullptr;
-    kernels().cross_entropy_fwd(pool(), {{logits.data_ptr(), V},
-                                         classes + start,
-                                         dlogits,
-                                         floats(losses) + start,
-                                         floats(stats),
-                                         rows,
-                                         V,
-                                         ignore_index,
-                                         1.0f,
-                                         dtype_of(x, op)});
-    if (!with_gradient) continue;
-    multiply(some_rows(dx, start, rows), logits, weight);
-    dweight.add(logits, x_rows);
-  }
-  return {scalar(x, mean_loss(floats(losses), M, inverse_count)), scalar(x, inverse_count), dx, dweight.total()};
+std::tuple<Tensor, Tensor, Tensor, Tensor> on_cpu(const Tensor& x, const Tensor& weight, const Tensor& targets,
+                                                  int64_t ignore_index, bool with_gradient) {
+  return linear_cross_entropy_fwd(Cpu(), x, weight, targets, ignore_index, with_gradient);
 }
 
 }  // namespace
 }  // namespace fastgpt
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt_cpp, CPU, m) {
-  m.impl("linear_cross_entropy_fwd", TORCH_BOX(&fastgpt::linear_cross_entropy_fwd));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastgpt_cpp, CPU, m) { m.impl("linear_cross_entropy_fwd", TORCH_BOX(&fastgpt::on_cpu)); }

@@ -1,15 +1,11 @@
 // softmax on CPU tensors.
 
+#include "../softmax.h"
+
 #include "tensor.h"
 
 namespace fastgpt {
 namespace {
-
-// The rows of one causal matrix, or 0 where nothing is masked.
-int64_t causal_rows(const Tensor& x, bool is_causal, const char* op) {
-  require(!is_causal || x.dim() >= 2, op, "a causal matrix must have two dimensions");
-  return is_causal ? x.size(x.dim() - 2) : 0;
-}
 
 Tensor softmax_fwd(const Tensor& x, double scale, bool is_causal) {
   const Matrix rows(x);
