@@ -32,6 +32,20 @@ struct ListedTensor {
   Dtype dtype;
 };
 
+// One parameter of adamw_ and what belongs to it.
+struct AdamwItem {
+  ListedTensor param, grad, exp_avg, exp_avg_sq;
+  int64_t numel;
+  int64_t first_block;  // how many blocks the items before this one have
+};
+
+// One tensor of clip_grad_norm_.
+struct ClipItem {
+  ListedTensor grad;
+  int64_t numel;
+  int64_t first_block;
+};
+
 // Tensors are cut into blocks of this many elements, so that a list is one range of work, cut by sizes alone.
 constexpr int64_t kListBlock = 8192;
 

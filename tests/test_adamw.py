@@ -94,7 +94,7 @@ def test_obeys_the_error_rule_over_several_steps(backend: str, dtype: torch.dtyp
     check_in_place(adamw_, backend, peer, state(SIZES, dtype), **{**DEFAULTS, "eps": 1e-6, **options})
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "cuda", "auto"])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_half_precision_parameters_keep_fp32_means(backend: str, dtype: torch.dtype) -> None:
     lists = state(SIZES, dtype, state_dtype=F32)
@@ -178,7 +178,7 @@ def test_takes_lists_of_any_strides_or_refuses_them(
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "cuda", "auto"])
 def test_leaves_what_lies_between_strided_elements_alone(backend: str) -> None:
     lists = state([(6, 8)])
     lists["params"] = [with_gaps(lists["params"][0])]
@@ -186,18 +186,38 @@ def test_leaves_what_lies_between_strided_elements_alone(backend: str) -> None:
     assert (lists["params"][0]._base[..., 1] == 9).all()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("backend", "threads"), [("cpp", 1), ("cpp", 2), ("cuda", 1)])
 @pytest.mark.parametrize("state_dtype", [F32, BF16])
-def test_cpp_cuts_large_tensors_into_blocks(threads: int, state_dtype: torch.dtype) -> None:
+def test_cuts_large_tensors_into_blocks(backend: str, threads: int, state_dtype: torch.dtype) -> None:
     sizes = [(3, 8192), (0,), (8191,), (8193,), (5,), (), (0, 2), (50_001,), (0,)]
     lists = state(sizes, BF16, state_dtype)
     lists["params"][2:4] = [x.float() for x in lists["params"][2:4]]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check_in_place(adamw_, "cpp", peer, lists, **{**DEFAULTS, "eps": 1e-6})
+        check_in_place(adamw_, backend, peer, lists, **{**DEFAULTS, "eps": 1e-6})
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_takes_more_tensors_than_one_launch_does(backend: str) -> None:
+    lists = state([(3,), (0,), (2, 5)] * 60)
+    check_in_place(adamw_, backend, peer, lists, **{**DEFAULTS, "eps": 1e-6})
+
+
+@pytest.mark.parametrize("backend", ["cpp", "cuda"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_takes_tensors_at_any_address(backend: str, dtype: torch.dtype) -> None:
+    lists = state([(7,), (300,)], dtype)
+    lists = {name: [torch.cat([x[:1], x])[1:] for x in tensors] for name, tensors in lists.items()}
+    assert all(x.data_ptr() % 16 for tensors in lists.values() for x in tensors)
+    options = {**DEFAULTS, "eps": 1e-6}
+    wanted = {name: [x.clone() for x in tensors] for name, tensors in lists.items()}
+    adamw_(**lists, backend=backend, **options)
+    adamw_(**wanted, backend=backend, **options)
+    for name in wanted:
+        assert all(map(torch.equal, lists[name], wanted[name]))
 
 
 def overlapping(kind: str) -> dict[str, list[Tensor]]:
@@ -235,17 +255,19 @@ def overlapping(kind: str) -> dict[str, list[Tensor]]:
         "rows that overlap",
     ],
 )
-def test_cpp_refuses_to_change_memory_twice(kind: str) -> None:
+@pytest.mark.parametrize("backend", ["cpp", "cuda"])
+def test_refuses_to_change_memory_twice(backend: str, kind: str) -> None:
     lists = overlapping(kind)
     before = [x.clone() for x in lists["params"]]
     step, lr = torch.ones((), device=DEVICE), torch.ones((), device=DEVICE)
     with pytest.raises(RuntimeError, match=r"adamw_: .* must not overlap"):
-        ops.adamw_(**lists, step=step, **{**DEFAULTS, "lr": lr}, backend="cpp")
+        ops.adamw_(**lists, step=step, **{**DEFAULTS, "lr": lr}, backend=backend)
     for x, old in zip(lists["params"], before, strict=True):
         assert torch.equal(x, old)
 
 
-def test_cpp_takes_neighbours_and_gradients_that_overlap() -> None:
+@pytest.mark.parametrize("backend", ["cpp", "cuda"])
+def test_takes_neighbours_and_gradients_that_overlap(backend: str) -> None:
     lists, wanted = state([(4, 6), (4, 6), (4, 6)]), state([(4, 6), (4, 6), (4, 6)])
     columns = sample(4, 18)
     lists["params"] = [columns[:, :6], columns[:, 6:12], columns[:, 12:]]
@@ -254,13 +276,13 @@ def test_cpp_takes_neighbours_and_gradients_that_overlap() -> None:
     wanted["grads"] = [x.clone() for x in lists["grads"]]
     rows = torch.zeros(12, 6, device=DEVICE)
     lists["exp_avgs"] = list(rows.split(4))
-    adamw_(**lists, backend="cpp", **DEFAULTS)
+    adamw_(**lists, backend=backend, **DEFAULTS)
     adamw_(**wanted, backend="reference", **DEFAULTS)
     for got, expected in zip(lists["params"], wanted["params"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "cpp", "cuda"])
 def test_tells_autograd_what_it_changed(backend: str) -> None:
     """PyTorch's own fused AdamW, the torch backend's, does not."""
     lists = state([(5, 3)])

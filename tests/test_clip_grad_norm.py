@@ -117,6 +117,20 @@ def test_tells_autograd_what_it_changed(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("max_norm", [1.0, 1e4])
+def test_cuda_cuts_large_tensors_into_blocks(dtype: torch.dtype, max_norm: float) -> None:
+    sizes = [(3, 8192), (0,), (8191,), (8193,), (5,), (), (0, 2), (50_001,), (0,)]
+    check_in_place(ops.clip_grad_norm_, "cuda", peer, {"grads": gradients(dtype, sizes)}, max_norm=max_norm)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_gradients_have_no_norm(backend: str) -> None:
+    assert (
+        ops.clip_grad_norm_([torch.ones(0, device=DEVICE), torch.ones(3, 0, device=DEVICE)], 1.0, backend=backend) == 0
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
 def test_cpp_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     sizes = [(3, 8192), (0,), (8191,), (8193,), (5,), (), (0, 2), (50_001,), (0,)]
     grads = gradients(dtype, sizes)
@@ -132,12 +146,13 @@ def test_cpp_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) ->
     check_in_place(ops.clip_grad_norm_, "cpp", peer, {"grads": grads}, max_norm=1.0)
 
 
-def test_cpp_refuses_to_change_memory_twice() -> None:
+@pytest.mark.parametrize("backend", ["cpp", "cuda"])
+def test_refuses_to_change_memory_twice(backend: str) -> None:
     memory = sample(30)
     for grads in ([memory, memory], [memory[:16], memory[15:]], [memory[:1].expand(4)]):
         before = memory.clone()
         with pytest.raises(RuntimeError, match=r"clip_grad_norm_: .* must not overlap"):
-            ops.clip_grad_norm_(grads, 1e-3, backend="cpp")
+            ops.clip_grad_norm_(grads, 1e-3, backend=backend)
         assert torch.equal(memory, before)
 
 

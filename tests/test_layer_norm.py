@@ -76,10 +76,11 @@ def test_uses_eps(backend: str, eps: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_constant_row_gives_the_bias(backend: str) -> None:
-    bias = sample(24)
-    y = ops.layer_norm(torch.full((3, 24), 7.0, device=DEVICE), sample(24), bias, backend=backend)
-    torch.testing.assert_close(y, bias.expand(3, 24), rtol=0, atol=1e-6)
+@pytest.mark.parametrize(("N", "value"), [(24, 7.0), (1000, 0.1)])
+def test_a_constant_row_gives_the_bias(backend: str, N: int, value: float) -> None:
+    bias = sample(N)
+    y = ops.layer_norm(torch.full((3, N), value, device=DEVICE), sample(N), bias, backend=backend)
+    torch.testing.assert_close(y, bias.expand(3, N), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1,), (4, 1), (3, 5, 63), (7, 64), (0, 32)])

@@ -222,13 +222,6 @@ struct AddLayerNormBwd {
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
-// One parameter and what belongs to it.
-struct AdamwItem {
-  ListedTensor param, grad, exp_avg, exp_avg_sq;
-  int64_t numel;
-  int64_t first_block;  // how many blocks the items before this one have
-};
-
 struct Adamw {
   const AdamwItem* items;
   int64_t count;
@@ -239,12 +232,6 @@ struct Adamw {
   float beta1, beta2;
   float rest1, rest2;  // 1 - beta
   float eps;
-};
-
-struct ClipItem {
-  ListedTensor grad;
-  int64_t numel;
-  int64_t first_block;
 };
 
 struct ClipGradNorm {

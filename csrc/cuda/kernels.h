@@ -198,6 +198,34 @@ void cross_entropy_bwd(const CrossEntropyBwd& a, cudaStream_t stream);
 void scale_gradient(const ScaleGradient& a, cudaStream_t stream);
 void add_scaled(const AddScaled& a, cudaStream_t stream);
 
+struct Adamw {
+  const AdamwItem* items;  // in the host's memory; the kernels' arguments take them along
+  int64_t count;
+  const float* step;
+  const float* lr;
+  float beta1, beta2;
+  float rest1, rest2;          // 1 - beta
+  float log_beta1, log_beta2;  // -inf for 0
+  float eps;
+  float weight_decay;
+};
+
+struct ClipGradNorm {
+  const ClipItem* items;  // in the host's memory
+  int64_t count;
+  int64_t blocks;
+  float* partial;  // (clip_programs(blocks),): shares of the sum of squares
+  float* norm;     // ()
+  float max_norm;
+};
+
+void adamw(const Adamw& a, cudaStream_t stream);
+void clip_grad_norm(const ClipGradNorm& a, cudaStream_t stream);
+
+// How many blocks of threads share a list of that many blocks where each keeps a sum: 1024 fill a large GPU eight times
+// over, and each of them can add up what they all leave.
+inline int64_t clip_programs(int64_t blocks) { return blocks < 1 ? 1 : blocks < 1024 ? blocks : 1024; }
+
 // How many blocks share M rows where each keeps a sum over its rows: by M alone, so that the sums have the same bits on
 // every GPU. 512 fill a large one (132 to 148 multiprocessors) three to four times; with fewer than 8 rows to a block,
 // its sums would be a good part of what it moves.
