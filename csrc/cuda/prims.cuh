@@ -113,7 +113,7 @@ FASTGPT_PRIM void stg(T* p, T value) {
   *reinterpret_cast<W*>(p) = *reinterpret_cast<const W*>(&value);
 }
 
-// Shared memory, likewise.
+// Shared memory, likewise, from 2 bytes on.
 template <class T>
 FASTGPT_PRIM T lds(Shared<T> p) {
   const typename Word<sizeof(T)>::type word = *reinterpret_cast<const typename Word<sizeof(T)>::type*>(p.address());
