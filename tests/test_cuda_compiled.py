@@ -17,7 +17,7 @@ LIBRARY = FOLDER / "lib" / "fastgpt" / "_cuda.abi3.so"
 # A switch over all dtypes makes it; in fp32 the product of matrices adds by itself.
 NEVER_LAUNCHED = {"add_scaled<fp32>"}
 # What of attention in half precision has no products to leave to the tensor cores.
-NO_PRODUCTS: set[str] = set()
+NO_PRODUCTS = {"attention_bwd_delta"}
 # What a block may have on 8.6, 8.9 and 12.0: they run the machine code of 8.0, or the same source.
 SHARED_EVERYWHERE = 99 * 1024
 
