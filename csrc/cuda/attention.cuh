@@ -310,8 +310,8 @@ FASTGPT_PRIM void keep_only(float (&to)[kM][kN][4], const float (&from)[kM][kN][
 }
 
 // What attention_fwd and attention_bwd do with fp32, whose products the tensor cores would round (attention_fp32.cu).
-void attention_fwd_fp32(const AttentionFwd& a, cudaStream_t stream);
-void attention_bwd_fp32(const AttentionBwd& a, cudaStream_t stream);
+void attention_fwd_fp32(const AttentionFwd& a, bool vectors, cudaStream_t stream);
+void attention_bwd_fp32(const AttentionBwd& a, bool vectors, cudaStream_t stream);
 
 // Calls f with the head size that D is padded to.
 template <class F>

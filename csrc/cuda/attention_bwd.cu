@@ -326,7 +326,7 @@ void attention_bwd(const AttentionBwd& a, cudaStream_t stream) {
     launch<attention_bwd_delta_kernel<T>>(attention_grid(s, s.Tq, kDeltaRows), dim3(kDeltaLanes * kDeltaRows), 0,
                                           stream, a, vectors);
     if constexpr (std::is_same_v<T, float>) {
-      attention_bwd_fp32(a, stream);
+      attention_bwd_fp32(a, vectors, stream);
     } else {
       with_headdim(s.D, [&](auto headdim) {
         using Dkdv = DkdvShape<headdim()>;

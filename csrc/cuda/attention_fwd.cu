@@ -185,7 +185,7 @@ void attention_fwd(const AttentionFwd& a, cudaStream_t stream) {
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (std::is_same_v<T, float>) {
-      attention_fwd_fp32(a, stream);
+      attention_fwd_fp32(a, vectors, stream);
     } else {
       with_headdim(s.D, [&](auto headdim) {
         using Shape = FwdShape<headdim()>;
