@@ -16,9 +16,10 @@ import importlib.util
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,20 +64,14 @@ def missing() -> str | None:
 
 
 def headers() -> list[Path]:
-    """The folders of CUDA's headers: a toolkit's, else those of NVIDIA's wheels, else none."""
+    """The folder of CUDA's headers: a toolkit's, else that of NVIDIA's wheels, else none."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _home_of_nvcc(), "/usr/local/cuda"]
-    for home in filter(None, homes):
-        folder = Path(home, "include")
-        if (folder / "cuda_runtime_api.h").exists() and (folder / "crt" / "host_defines.h").exists():
-            return [folder]
     spec = importlib.util.find_spec("nvidia")
-    for nvidia in map(Path, (spec.submodule_search_locations or []) if spec else []):
-        together = nvidia / "cu13" / "include"
-        if (together / "cuda_runtime_api.h").exists() and (together / "crt" / "host_defines.h").exists():
-            return [together]
-        apart = [nvidia / part / "include" for part in ("cuda_runtime", "cuda_nvcc", "cuda_cccl")]
-        if (apart[0] / "cuda_runtime_api.h").exists() and (apart[1] / "crt" / "host_defines.h").exists():
-            return [folder for folder in apart if folder.exists()]
+    wheels = (spec.submodule_search_locations or []) if spec else []
+    needed = ("cuda_runtime_api.h", "cuda_bf16.h", "crt/host_defines.h", "nv/target")
+    for folder in (*(Path(home, "include") for home in homes if home), *(Path(p, "cu13/include") for p in wheels)):
+        if all((folder / name).exists() for name in needed):
+            return [folder]
     return []
 
 
@@ -85,54 +80,89 @@ def load() -> ModuleType:
     """The emulator's module, built if it has to be; its kernels are registered with torch's dispatcher.
 
     Raises:
+        ValueError: a variable FASTGPT_EMULATE_* that says nothing.
+        RuntimeError: it cannot be built, with the compiler's words.
+    """
+    settings = _schedule_from_environment()
+    csrc = extension.source_folder()
+    sources = [
+        *(csrc / "cuda").glob("*.cu"),
+        *(csrc / "bindings/cuda").glob("*.cpp"),
+        *(csrc / "emulator").glob("*.cpp"),
+    ]
+    if _stand_ins is not None:
+        _stand_ins._destroy()  # the module that comes registers the ops themselves
+    try:
+        module = build("fastgpt_emulator", sources)
+    except BaseException:
+        load_with_first_op()
+        raise
+    _configure(module, **settings)
+    return module
+
+
+def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> ModuleType:
+    """Compile CUDA kernels for the emulator, with their binding to Python, and import them.
+
+    Built is what changed since the last time, in a folder under TORCH_EXTENSIONS_DIR or the user's cache.
+
+    Args:
+        name: of the module; the binding's PYBIND11_MODULE is called TORCH_EXTENSION_NAME.
+        sources: .cu and .cpp files.
+        libraries: what to link; kernels that are no part of fastgpt need ``load().__file__``.
+
+    Raises:
         RuntimeError: it cannot be built, with the compiler's words.
     """
     reason = missing()
     if reason is not None:
         raise RuntimeError(reason)
-    from torch.utils import cpp_extension  # takes 0.3 s, which only those who emulate pay
+    compiler, flags = _compiler(), [*_FLAGS, *shlex.split(os.environ.get("FASTGPT_EMULATE_CFLAGS", ""))]
+    # By all that goes into it, so that two checkouts, or two versions of torch, do not take turns in building.
+    inputs = (sys.prefix, torch.__version__, compiler, flags, headers(), sorted(map(str, sources)), libraries)
+    key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
+    folder = _cache() / f"py{sys.version_info.major}{sys.version_info.minor}_{name}_{key}"
+    environment = {"PATH": _path(), "CXX": compiler, "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    with _locked(folder), _environment(environment):
+        from torch.utils import cpp_extension  # takes 0.3 s, which only those who emulate pay
 
-    os.environ["PATH"] = _path()
-    os.environ["CXX"] = _compiler()
-    flags = [*_FLAGS, *shlex.split(os.environ.get("FASTGPT_EMULATE_CFLAGS", ""))]
-    csrc = extension.source_folder()
-    # By sources and flags, so that two checkouts do not take turns in building over each other.
-    key = hashlib.sha256(f"{csrc} {flags} {os.environ['CXX']}".encode()).hexdigest()[:12]
-    folder = Path(cpp_extension.get_default_build_root(), f"{_python_tag()}_fastgpt_emulator_{key}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "owner").open("w") as owner:
-        fcntl.flock(owner, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)  # torch's own lock, which outlives a build that was killed
+        (folder / "lock").unlink(missing_ok=True)  # torch's own, which outlives a build that was killed
         if not list(folder.glob("*.so")):
-            print("fastgpt: building the emulator of CUDA kernels (a minute or two, once)", file=sys.stderr, flush=True)
-        module = cpp_extension.load(
-            name="fastgpt_emulator",
-            sources=[str(path) for path in (*_kernels(csrc, folder), *sorted((csrc / "bindings/cuda").glob("*.cpp")))]
-            + [str(csrc / "emulator" / name) for name in ("emulator.cpp", "module.cpp")],
-            extra_cflags=flags,
-            extra_ldflags=[flag for flag in flags if flag.startswith("-fsanitize")],
-            extra_include_paths=[str(path) for path in headers()],
-            build_directory=str(folder),
-            with_cuda=False,
-        )
-    _configure(module, **_schedule_from_environment())
-    return module
+            print(f"fastgpt: building {name} for the emulator of CUDA kernels, once", file=sys.stderr, flush=True)
+        try:
+            return cpp_extension.load(
+                name=name,
+                sources=[str(_as_cpp(path, folder)) for path in sorted(sources)],
+                extra_cflags=flags,
+                extra_ldflags=[*libraries, *(flag for flag in flags if flag.startswith("-fsanitize"))],
+                extra_include_paths=[str(path) for path in headers()],
+                build_directory=str(folder),
+                with_cuda=False,
+            )
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            raise RuntimeError(
+                f"{name}, for the emulator of FASTGPT_EMULATE=1, could not be built with {compiler}, in {folder}:\n"
+                f"{error}"
+            ) from error
+
+
+_stand_ins: torch.library.Library | None = None
 
 
 def load_with_first_op() -> None:
     """Put stand-ins for the emulator's ops on CPU tensors: the first one that runs loads the emulator."""
-    stand_ins = torch.library.Library(extension.cuda.namespace, "IMPL")
+    global _stand_ins
+    _stand_ins = torch.library.Library(extension.cuda.namespace, "IMPL")
 
     def stand_in(name: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            stand_ins._destroy()  # the library that comes registers its own
             load()
             return extension.cuda.op(name)(*args)
 
         return run
 
     for name in kernel_ops.SCHEMAS:
-        stand_ins.impl(name, stand_in(name), "CPU")
+        _stand_ins.impl(name, stand_in(name), "CPU")
 
 
 @contextlib.contextmanager
@@ -162,10 +192,10 @@ def schedule(order: str = "in_order", copies: str = "eager", seed: int = 0, coun
 def _configure(
     module: ModuleType, order: str = "in_order", copies: str = "eager", seed: int = 0, count_banks: bool = False
 ) -> None:
-    if order not in ORDERS:
-        raise ValueError(f"the emulator's order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if copies not in COPIES:
-        raise ValueError(f"the emulator's copies must be eager or lazy, got {copies!r}")
+    _require("the emulator's order", order, ORDERS)
+    _require("the emulator's copies", copies, COPIES)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"the emulator's seed must be in [0, 2^64), got {seed}")
     settings = module.settings()
     settings.order = getattr(module.Order, order)
     settings.lazy_copies = copies == "lazy"
@@ -175,23 +205,70 @@ def _configure(
 
 
 def _schedule_from_environment() -> dict[str, Any]:
-    seed = os.environ.get("FASTGPT_EMULATE_SEED", "0")
-    if not seed.isdecimal():
-        raise ValueError(f"FASTGPT_EMULATE_SEED must be a number, got {seed!r}")
-    order, copies = (os.environ.get(f"FASTGPT_EMULATE_{name}", "") for name in ("ORDER", "COPIES"))
-    return {"order": order or "in_order", "copies": copies or "eager", "seed": int(seed)}
+    """What the variables say, checked before anything is built."""
+    order = _require("FASTGPT_EMULATE_ORDER", os.environ.get("FASTGPT_EMULATE_ORDER") or "in_order", ORDERS)
+    copies = _require("FASTGPT_EMULATE_COPIES", os.environ.get("FASTGPT_EMULATE_COPIES") or "eager", COPIES)
+    seed = os.environ.get("FASTGPT_EMULATE_SEED") or "0"
+    if not (seed.isascii() and seed.isdecimal() and int(seed) < 2**64):
+        raise ValueError(f"FASTGPT_EMULATE_SEED must be a number in [0, 2^64), got {seed!r}")
+    return {"order": order, "copies": copies, "seed": int(seed)}
 
 
-def _kernels(csrc: Path, folder: Path) -> list[Path]:
-    """One C++ file for each .cu, which includes it: torch would give a .cu to nvcc."""
-    wrappers = []
-    for source in sorted((csrc / "cuda").glob("*.cu")):
-        wrapper = folder / f"kernel_{source.stem}.cpp"
-        text = f'#include "{source}"\n'
-        if not wrapper.exists() or wrapper.read_text() != text:
-            wrapper.write_text(text)
-        wrappers.append(wrapper)
-    return wrappers
+def _require(what: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _as_cpp(source: Path, folder: Path) -> Path:
+    """For a .cu a C++ file that includes it: torch would give a .cu to nvcc."""
+    if source.suffix != ".cu":
+        return source
+    wrapper = folder / f"kernel_{source.stem}.cpp"
+    text = f'#include "{source}"\n'
+    if not wrapper.exists() or wrapper.read_text() != text:
+        wrapper.write_text(text)
+    return wrapper
+
+
+def _cache() -> Path:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder, made where there is none, belongs to this process. The lock ends with it, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = (folder / "owner").open("w")
+    except OSError as error:
+        raise RuntimeError(
+            f"the emulator of FASTGPT_EMULATE=1 cannot be built in {folder} ({error.strerror}); TORCH_EXTENSIONS_DIR "
+            "names another folder"
+        ) from error
+    with owner:
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"fastgpt: another process builds in {folder}; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(owner, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _compiler() -> str:
@@ -201,10 +278,6 @@ def _compiler() -> str:
 def _path() -> str:
     # pip puts ninja beside Python, where it is not found unless the environment is activated.
     return sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
-
-
-def _python_tag() -> str:
-    return f"py{sys.version_info.major}{sys.version_info.minor}"
 
 
 def _home_of_nvcc() -> str | None:

@@ -100,7 +100,9 @@ class Kernel:
         return name_and_variant(self.symbol)[1]
 
     def resident_warps(self) -> int:
-        """Warps that a multiprocessor runs at a time."""
+        """Warps that a multiprocessor runs at a time; 0 where nothing launches the kernel."""
+        if self.threads == 0:
+            return 0
         chip, warps = CHIPS[self.arch], -(-self.threads // 32)
         registers_of_warp = -(-self.machine.registers * 32 // 256) * 256
         # Each of its four parts has a quarter of the registers, and its warps in fours.
@@ -156,8 +158,8 @@ def read(object_file: Path) -> dict[tuple[int, str], Machine]:
             opcodes.setdefault(key, Counter())[found[1]] += 1
     machines = {}
     for key, (registers, stack, shared, local) in usages.items():
-        system = SYSTEM_SHARED if key[0] >= 90 else 0  # counted by cuobjdump from there on
-        machines[key] = Machine(registers, stack + local, shared - system, dict(opcodes[key]))
+        system = SYSTEM_SHARED if key[0] >= 90 else 0  # counted by cuobjdump from there on, where there is any
+        machines[key] = Machine(registers, stack + local, max(0, shared - system), dict(opcodes[key]))
     return machines
 
 
@@ -183,7 +185,7 @@ def name_and_variant(symbol: str) -> tuple[str, str]:
     plain = torch._C._demangle(symbol).replace("(anonymous namespace)::", "").replace("fastgpt::cuda::", "")
     found = re.match(r"(?:void )?(\w+?)(?:_kernel)?(?:<(.*?)>)?\(", plain)
     assert found is not None, plain
-    variant = re.sub(r"\((?:int|bool|unsigned int)\)", "", found[2] or "")
+    variant = re.sub(r"\([\w ]+\)", "", found[2] or "")  # (int)4, (Home)2
     for cuda, ours in (("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("float", "fp32")):
         variant = re.sub(rf"\b{cuda}\b", ours, variant)
     return found[1], variant
@@ -233,7 +235,7 @@ def _launch_all(objects: Sequence[str], folder: Path) -> list[Launch]:
 def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Arguments of the dispatcher ops, such that every kernel is launched in every variant that there is."""
     seed, stats = torch.zeros(1, dtype=torch.int64), torch.empty(4)
-    for dtype, N in itertools.product((F32, BF16, F16), (64, 768, 1001, 50304)):
+    for dtype, N in itertools.product((F32, BF16, F16), (64, 768, 1001, 16384, 50304, 131072)):
         x = torch.empty(4, N, dtype=dtype)
         for is_causal in (False, True):
             yield "softmax_fwd", (x, 1.0, is_causal)
@@ -267,6 +269,8 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         for with_gradient in (False, True):
             x, weight = torch.zeros(4, 64, dtype=dtype), torch.zeros(1000, 64, dtype=weight_dtype)
             yield "linear_cross_entropy_fwd", (x, weight, torch.zeros(4, dtype=torch.int64), -100, with_gradient)
+    for dtype, V in itertools.product((F32, BF16, F16), (20_000, 60_000)):  # longer rows lie elsewhere
+        yield "cross_entropy_fwd", (torch.empty(4, V, dtype=dtype), torch.zeros(4, dtype=torch.int64), -100, True)
     for dtype, D in itertools.product((F32, BF16, F16), (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)):
         qkv, lse = torch.empty(2, 70, 3, 2, D, dtype=dtype), torch.empty(2, 2, 70)
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))

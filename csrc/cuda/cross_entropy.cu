@@ -289,10 +289,11 @@ void scale_gradient(const ScaleGradient& a, cudaStream_t stream) {
 }
 
 void add_scaled(const AddScaled& a, cudaStream_t stream) {
-  with_dtype(a.dtype, [&](auto x) {
-    using T = decltype(x);
+  const auto add = [&](auto part) {
+    using T = decltype(part);
     launch_elementwise<add_scaled_kernel<T>, T>(a.n, stream, a, is_vector(a.part) && is_vector(a.total));
-  });
+  };
+  a.dtype == Dtype::bf16 ? add(bf16()) : add(fp16());
 }
 
 }  // namespace fastgpt::cuda

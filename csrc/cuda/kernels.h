@@ -49,6 +49,32 @@ struct LayerNormBwd {
   Dtype weight_dtype;  // of weight, dweight and dbias
 };
 
+struct AttentionFwd {
+  AttentionShape shape;      // lengths below 2^30; D up to 256
+  Heads q, k, v, o;          // (B, H, Tq or Tk, D)
+  float* lse;                // (B, H, Tq); +inf for a query that sees no key
+  const int32_t* seqlens_k;  // (B,), or null
+  Drop drop;
+  float scale;
+  bool is_causal;
+  Dtype dtype;
+};
+
+struct AttentionBwd {
+  AttentionShape shape;
+  Heads dout, q, k, v, o, dq, dk, dv;
+  const float* lse;
+  float* delta;  // (B, H, Tq): the sum of do * o over D, which the first kernel leaves to the others
+  const int32_t* seqlens_k;
+  Drop drop;
+  float scale;
+  bool is_causal;
+  Dtype dtype;
+};
+
+void attention_fwd(const AttentionFwd& a, cudaStream_t stream);
+void attention_bwd(const AttentionBwd& a, cudaStream_t stream);
+
 void layer_norm_fwd(const LayerNormFwd& a, cudaStream_t stream);
 void layer_norm_bwd(const LayerNormBwd& a, cudaStream_t stream);
 
@@ -186,7 +212,7 @@ struct AddScaled {
   int64_t n;
   float factor;
   bool first;   // total has no value yet
-  Dtype dtype;  // of part
+  Dtype dtype;  // of part: bf16 or fp16
 };
 
 // 1 / the number of targets that count: infinite where none does.

@@ -69,9 +69,9 @@ class Shared {
   __shared__ alignas(16) T name##_array[count]; \
   const ::fastgpt::cuda::Shared<T> name(name##_array)
 
-// DYNAMIC_SHARED(bf16, tiles): the shared memory whose size the launch states, aligned to 1024 bytes.
-#define DYNAMIC_SHARED(T, name)                               \
-  extern __shared__ __align__(1024) unsigned char dynamic_[]; \
+// DYNAMIC_SHARED(bf16, tiles): the shared memory whose size the launch states, aligned to 128 bytes.
+#define DYNAMIC_SHARED(T, name)                              \
+  extern __shared__ __align__(128) unsigned char dynamic_[]; \
   const ::fastgpt::cuda::Shared<T> name(reinterpret_cast<T*>(dynamic_))
 
 namespace fastgpt::cuda {
@@ -113,7 +113,7 @@ FASTGPT_PRIM void stg(T* p, T value) {
   *reinterpret_cast<W*>(p) = *reinterpret_cast<const W*>(&value);
 }
 
-// Shared memory, likewise.
+// Shared memory, likewise, from 2 bytes on.
 template <class T>
 FASTGPT_PRIM T lds(Shared<T> p) {
   const typename Word<sizeof(T)>::type word = *reinterpret_cast<const typename Word<sizeof(T)>::type*>(p.address());

@@ -21,15 +21,31 @@
 #include "context.h"
 #include "control.h"
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-// This file itself is not instrumented in a ThreadSanitizer build: only the kernels' own accesses are of interest.
+
+// With FASTGPT_TSAN this file, itself not instrumented, tells ThreadSanitizer who is who: a CUDA thread is a fiber of
+// its own, ordered with others by the barriers alone, not by what the emulator does between them. Then a race on global
+// memory, within a block or between blocks, is reported wherever the accesses lie. (Shared memory is hidden from it:
+// check_shared knows better.)
 #ifdef FASTGPT_TSAN
 #include <sanitizer/tsan_interface.h>
-extern "C" void __tsan_write16(void* address);
-extern "C" void __tsan_read16(void* address);
+extern "C" {
+void __tsan_read16(void* address);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+void AnnotateIgnoreSyncBegin(const char* file, int line);
+void AnnotateIgnoreSyncEnd(const char* file, int line);
+}
 #endif
 
 namespace fastgpt::emulator {
@@ -38,14 +54,56 @@ thread_local Thread* current = nullptr;
 
 namespace {
 
+// While it lives, ThreadSanitizer sees nothing of what this CUDA thread reads and writes.
+struct Unseen {
+#ifdef FASTGPT_TSAN
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  Unseen() {}
+#endif
+  Unseen(const Unseen&) = delete;
+  Unseen& operator=(const Unseen&) = delete;
+};
+
+// While it lives, ThreadSanitizer does not take the locks of this CUDA thread for an order among CUDA threads.
+struct Unordered {
+#ifdef FASTGPT_TSAN
+  Unordered() { AnnotateIgnoreSyncBegin(__FILE__, __LINE__); }
+  ~Unordered() { AnnotateIgnoreSyncEnd(__FILE__, __LINE__); }
+#else
+  Unordered() {}
+#endif
+  Unordered(const Unordered&) = delete;
+  Unordered& operator=(const Unordered&) = delete;
+};
+
+// "Everything before release(tag) happened before what follows acquire(tag)", for ThreadSanitizer.
+void acquire([[maybe_unused]] void* tag) {
+#ifdef FASTGPT_TSAN
+  __tsan_acquire(tag);
+#endif
+}
+void release([[maybe_unused]] void* tag) {
+#ifdef FASTGPT_TSAN
+  __tsan_release(tag);
+#endif
+}
+
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kMaxSharedBytes = 227 << 10;  // what sm_90 lets a block have
+constexpr size_t kMaxStaticBytes = 48 << 10;   // of it in arrays, not in what the launch states
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kBarriers = 16;
 
-// ---- places in kernels
-// -------------------------------------------------------------------------------------------------
+// ---- places in kernels ----
 
 // A place's number. 0 is no place.
 using SiteId = uint16_t;
@@ -62,6 +120,7 @@ std::atomic<int> known_count{1};
 std::mutex sites_mutex;
 
 SiteId find_site(Site site) {
+  const Unordered unordered;
   std::lock_guard<std::mutex> lock(sites_mutex);
   const int count = known_count;
   for (int i = 1; i < count; ++i) {
@@ -114,8 +173,7 @@ __attribute__((format(printf, 1, 2))) std::string formatted(const char* format, 
 std::string place(Site site) { return formatted("%s:%d", base_name(site.file), site.line); }
 std::string place(SiteId id) { return place(known_sites[id].site); }
 
-// ---- fibers
-// ------------------------------------------------------------------------------------------------------------
+// ---- fibers ----
 
 struct Block;
 struct Warp;
@@ -178,6 +236,7 @@ struct Warp {
 
 struct Barrier {
   int arrived = 0, count = 0, first = 0;
+  std::array<unsigned, kMaxWarps> here{};  // lanes, by warp
   const char* name = "";
   Site site{"", 0};
   char sanitizer_tag[2];
@@ -192,7 +251,8 @@ struct Stamp {
 };
 
 // Two bytes of shared memory. Of several reads that nothing orders, two suffice, of different warps: a write that
-// conflicts with any of the others conflicts with one of these.
+// conflicts with any of the others conflicts with one of these. (Not where a named barrier orders the writer with these
+// two and not with the others; that race goes by unseen.)
 struct Cell {
   uint32_t run = 0;  // of the block that the rest is about
   bool in_flight = false;
@@ -208,8 +268,39 @@ struct Array {
 
 Fiber& self() { return *static_cast<Fiber*>(current); }
 
-// ---- a block: one OS thread works through the blocks of a grid with one of these
-// -----------------------------------------
+std::string coordinates(const uint3& at) { return formatted("(%u, %u, %u)", at.x, at.y, at.z); }
+
+const char* name_of(Order order) {
+  switch (order) {
+    case Order::in_order:
+      return "in_order";
+    case Order::reversed:
+      return "reversed";
+    case Order::random:
+      return "random";
+    case Order::skewed:
+      return "skewed";
+  }
+  return "";
+}
+
+[[noreturn]] void throw_error(const Fiber& fiber, Site site, const std::string& what);
+// fail() in the name of another thread.
+[[noreturn]] __attribute__((format(printf, 3, 4))) void fail_as(const Fiber& fiber, Site site, const char* format,
+                                                                ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  const std::string what = format_message(format, arguments);
+  va_end(arguments);
+  throw_error(fiber, site, what);
+}
+
+std::string too_much(size_t bytes, size_t most) {
+  return formatted("%zu bytes of shared memory are more than a block can have%s (%zu)", bytes,
+                   most == kMaxStaticBytes ? " in arrays" : "", most);
+}
+
+// ---- a block: one OS thread works through the blocks of a grid with one of these ----
 
 constexpr char kDynamicTag = 0;
 
@@ -285,7 +376,8 @@ struct Block {
     }
     forget_arrays();
     dynamic_bytes = shared_bytes;
-    if (shared_bytes) array_of(&kDynamicTag, shared_bytes);
+    if (shared_bytes) add_array(&kDynamicTag, shared_bytes);
+    release(&sanitizer_begin);
   }
 
   void add_fiber() {
@@ -329,6 +421,7 @@ struct Block {
       fiber.group = 0;
 #ifdef __SANITIZE_ADDRESS__
       __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // an error may have left frames behind
+      fiber.sanitizer = nullptr;
 #endif
       make_context(fiber.context, fiber.stack, kStackBytes, &Block::enter);
       wake(fiber);
@@ -336,15 +429,11 @@ struct Block {
     outside.block = this;
 #ifdef FASTGPT_TSAN
     outside.sanitizer = __tsan_get_current_fiber();
-    __tsan_release(&sanitizer_begin);
 #endif
     Thread* before = current;
     current = &outside;
     switch_to(*pick());
     current = before;
-#ifdef FASTGPT_TSAN
-    __tsan_acquire(&sanitizer_end);
-#endif
     for (auto& warp : warps) close_requests(*warp);
     ++counters.blocks;
     if (error) std::rethrow_exception(error);
@@ -355,38 +444,39 @@ struct Block {
     landed();
     Fiber& fiber = self();
     Block& block = *fiber.block;
-#ifdef FASTGPT_TSAN
-    __tsan_acquire(&block.sanitizer_begin);
-#endif
+    acquire(&block.sanitizer_begin);
     try {
       block.body(block.context);
     } catch (...) {
       block.error = std::current_exception();
     }
-#ifdef FASTGPT_TSAN
-    __tsan_release(&block.sanitizer_end);
-#endif
+    release(&block.sanitizer_end);
     block.leave(fiber);
   }
 
   void leave(Fiber& fiber) {
+    {
+      const Unseen unseen;
+      retire(fiber);
+    }
+    Fiber* next = error || live == 0 ? nullptr : pick();
+    switch_to(next ? *next : outside);
+    __builtin_unreachable();
+  }
+
+  // The thread has come to its end: who waits for it is told, or goes on.
+  void retire(Fiber& fiber) {
     fiber.state = State::done;
     --live;
     fiber.warp->live &= ~(1u << fiber.lane);
-    Fiber* next = nullptr;
-    if (!error && live > 0) {
-      try {
-        for (const Collective& pending : fiber.warp->pending) require_lanes(*fiber.warp, pending);
-        for (int id = 0; id < kBarriers; ++id) complete(id);
-        next = pick();
-        if (next == nullptr) fail_deadlock();
-      } catch (...) {
-        error = std::current_exception();
-        next = nullptr;
-      }
+    if (error || live == 0) return;
+    try {
+      for (const Collective& pending : fiber.warp->pending) require_lanes(*fiber.warp, pending);
+      for (int id = 0; id < kBarriers; ++id) complete(id);
+      if (head == ready.size()) fail_deadlock();
+    } catch (...) {
+      error = std::current_exception();
     }
-    switch_to(next ? *next : outside);
-    __builtin_unreachable();
   }
 
   void wake(Fiber& fiber) {
@@ -472,12 +562,8 @@ struct Block {
 
   void arrive(int id, int count, const char* name, Site site) {
     Fiber& fiber = self();
-    if (id < 0 || id >= kBarriers) fail(site, "%s: there is no barrier %d, only 0 to 15", name, id);
-    if (count % 32 != 0 || count > threads) {
-      fail(site, "%s: %d threads are not whole warps of a block of %d", name, count, threads);
-    }
     Barrier& barrier = barriers[id];
-    if (barrier.arrived && (barrier.site.line != site.line || strcmp(barrier.site.file, site.file) != 0)) {
+    if (id == 0 && barrier.arrived && (barrier.site.line != site.line || strcmp(barrier.site.file, site.file) != 0)) {
       fail(site, "divergent barrier: %s is reached here, while thread %d waits at %s", name, barrier.first,
            place(barrier.site).c_str());
     }
@@ -491,35 +577,41 @@ struct Block {
       barrier.count = count;
     }
     ++barrier.arrived;
+    barrier.here[fiber.warp->number] |= 1u << fiber.lane;
     fiber.barrier = id;
     wait(fiber, State::at_barrier, name, site);
-#ifdef FASTGPT_TSAN
     char* tag = &barrier.sanitizer_tag[barrier.generation % 2];  // who is fast may come to the next one early
-    __tsan_release(tag);
-#endif
+    release(tag);
     if (!complete(id) || yields()) yield();
     fiber.state = State::ready;
-#ifdef FASTGPT_TSAN
-    __tsan_acquire(tag);
-#endif
+    acquire(tag);
   }
 
   bool complete(int id) {
     Barrier& barrier = barriers[id];
-    if (barrier.arrived == 0 || barrier.arrived < (barrier.count ? barrier.count : live)) return false;
-    barrier.arrived = 0;
+    if (barrier.arrived == 0) return false;
+    const auto is_whole = [&](const Warp& warp) { return (barrier.here[warp.number] & warp.live) == warp.live; };
+    if (barrier.count == 0) {
+      if (barrier.arrived < live) return false;
+    } else {  // a GPU counts warps where it is told of threads
+      int whole = 0;
+      for (const auto& warp : warps) whole += barrier.here[warp->number] != 0 && is_whole(*warp) ? 32 : 0;
+      if (whole < barrier.count) return false;
+    }
     ++barrier.generation;
     ++counters.barriers;
     std::array<bool, kMaxWarps> met{};
     std::array<uint32_t, kMaxWarps> past{};
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = *fibers[settings.order == Order::reversed ? threads - 1 - i : i];
-      if (fiber.state != State::at_barrier || fiber.barrier != id) continue;
+      if (fiber.state != State::at_barrier || fiber.barrier != id || !is_whole(*fiber.warp)) continue;
       met[fiber.linear / 32] = true;
+      --barrier.arrived;
       if (&fiber != current || yields()) wake(fiber);
     }
     for (auto& warp : warps) {
       if (!met[warp->number]) continue;
+      barrier.here[warp->number] = 0;
       close_requests(*warp);
       ++warp->knows[warp->number];
       for (int i = 0; i < kMaxWarps; ++i) past[i] = std::max(past[i], warp->knows[i]);
@@ -557,9 +649,7 @@ struct Block {
     mine->arrived |= 1u << fiber.lane;
     require_lanes(warp, *mine);
     wait(fiber, State::in_collective, name, site);
-#ifdef FASTGPT_TSAN
-    if (compute == nullptr) __tsan_release(&warp.sanitizer_tag);
-#endif
+    if (compute == nullptr) release(&warp.sanitizer_tag);
     if (mine->arrived == mask) {
       if (compute) {
         compute(warp.lanes, mask);
@@ -577,15 +667,14 @@ struct Block {
       yield();
     }
     fiber.state = State::ready;
-#ifdef FASTGPT_TSAN
-    if (compute == nullptr) __tsan_acquire(&warp.sanitizer_tag);
-#endif
+    if (compute == nullptr) acquire(&warp.sanitizer_tag);
     __builtin_memcpy(result, warp.lanes.out[fiber.lane], result_size);
   }
 
   void require_lanes(const Warp& warp, const Collective& pending) {
     if (const unsigned gone = pending.mask & ~warp.live) {
-      fail(pending.site, "%s waits for lanes %08x, which have left the kernel", pending.name, gone);
+      fail_as(*warp.lane[__builtin_ctz(pending.arrived)], pending.site,
+              "%s waits for lanes %08x, which have left the kernel", pending.name, gone);
     }
   }
 
@@ -607,22 +696,32 @@ struct Block {
       }
       first = last + 1;
     }
-    const Fiber& fiber = self();
-    fail(fiber.waits_at, "deadlock: no thread of the block can go on%s", waiting.c_str());
+    int first = 0;
+    while (fibers[first]->state == State::done) ++first;
+    fail_as(*fibers[first], fibers[first]->waits_at, "deadlock: no thread of the block can go on%s", waiting.c_str());
   }
 
   // -- shared memory
 
-  void* array_of(const void* tag, size_t bytes) {
-    size_t total = bytes;
-    for (Array& array : arrays) {
+  void* find_array(const void* tag) const {
+    for (const Array& array : arrays) {
       if (array.tag == tag) return array.data;
-      total += array.bytes;
     }
-    if (total > kMaxSharedBytes) {
-      throw Error(formatted("%s: %zu bytes of shared memory are more than a block can have (%zu)", kernel.c_str(),
-                            total, kMaxSharedBytes));
-    }
+    return nullptr;
+  }
+
+  // The array of SHARED; the first thread that comes there makes it.
+  void* array_of(const void* tag, size_t bytes, Site site) {
+    if (void* data = find_array(tag)) return data;
+    size_t total = bytes;
+    for (const Array& array : arrays) total += array.bytes;
+    const size_t in_arrays = total - dynamic_bytes;
+    if (in_arrays > kMaxStaticBytes) fail(site, "SHARED: %s", too_much(in_arrays, kMaxStaticBytes).c_str());
+    if (total > kMaxSharedBytes) fail(site, "SHARED: %s", too_much(total, kMaxSharedBytes).c_str());
+    return add_array(tag, bytes);
+  }
+
+  void* add_array(const void* tag, size_t bytes) {
     // Of exact size, and each on its own: AddressSanitizer sees what goes beyond.
     Array array{tag, nullptr, bytes, std::vector<Cell>((bytes + 1) / 2)};
     void* data = nullptr;
@@ -661,6 +760,9 @@ struct Block {
       return first;
     }
     std::string nearest;
+    if (dynamic_bytes == 0 && reinterpret_cast<uintptr_t>(p) < kMaxSharedBytes) {  // DYNAMIC_SHARED gave null
+      nearest = " (the launch asked for no dynamic shared memory)";
+    }
     for (const Array& array : arrays) {
       const ptrdiff_t offset = at - array.data;
       if (offset >= -4096 && offset < static_cast<ptrdiff_t>(array.bytes) + 4096) {
@@ -681,7 +783,12 @@ struct Block {
              c.write.thread, place(c.write.site).c_str());
       }
       if (access == Access::read) {
-        if (c.write.site == 0) fail(site, "%s reads uninitialised shared memory", name);
+        if (c.write.site == 0) {
+          fail(site,
+               "%s reads uninitialised shared memory (or another thread has yet to write it, and no barrier lies "
+               "between)",
+               name);
+        }
         if (!ordered(c.write, fiber)) fail_race(name, "reads", c.write, "wrote", site);
         note_read(c, now, fiber);
       } else {
@@ -714,9 +821,7 @@ struct Block {
 
   void start_copy(void* to, const void* from, bool valid, Site site) {
     Fiber& fiber = self();
-    if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0) {
-      fail(site, "cp_async_16: the source is not aligned to 16 bytes");
-    }
+    if (valid) check_global(from, 16, "cp_async_16", site);
     check(to, 16, Access::write, "cp_async_16", site);
     Cell* cell = cells(to, 16, "cp_async_16", site);
     for (int i = 0; i < 8; ++i) cell[i].in_flight = true;
@@ -731,10 +836,6 @@ struct Block {
   }
 
   static void land(const Copy& copy) {
-#ifdef FASTGPT_TSAN
-    if (copy.valid) __tsan_read16(const_cast<void*>(copy.from));
-    __tsan_write16(copy.to);
-#endif
     if (copy.valid) {
       __builtin_memcpy(copy.to, copy.from, 16);
     } else {
@@ -808,8 +909,14 @@ struct Block {
   }
 };
 
-// ---- the state of the emulator
-// -----------------------------------------------------------------------------------------
+void throw_error(const Fiber& fiber, Site site, const std::string& what) {
+  const Block& block = *fiber.block;
+  throw Error(place(site) + ": " + what + " [kernel " + block.kernel + ", block " + coordinates(block.index) +
+              ", thread " + coordinates(fiber.index) + "; order " + name_of(block.settings.order) + ", copies " +
+              (block.settings.lazy_copies ? "lazy" : "eager") + ", seed " + std::to_string(block.settings.seed) + "]");
+}
+
+// ---- the state of the emulator ----
 
 std::mutex state_mutex;
 Settings current_settings;
@@ -857,22 +964,6 @@ std::string kernel_name(const char* signature) {
   return text.substr(name, end - name);
 }
 
-std::string coordinates(const uint3& at) { return formatted("(%u, %u, %u)", at.x, at.y, at.z); }
-
-const char* name_of(Order order) {
-  switch (order) {
-    case Order::in_order:
-      return "in_order";
-    case Order::reversed:
-      return "reversed";
-    case Order::random:
-      return "random";
-    case Order::skewed:
-      return "skewed";
-  }
-  return "";
-}
-
 }  // namespace
 
 void fail(Site site, const char* format, ...) {
@@ -880,35 +971,47 @@ void fail(Site site, const char* format, ...) {
   va_start(arguments, format);
   const std::string what = format_message(format, arguments);
   va_end(arguments);
-  const Fiber& fiber = self();
-  const Block& block = *fiber.block;
-  throw Error(place(site) + ": " + what + " [kernel " + block.kernel + ", block " + coordinates(block.index) +
-              ", thread " + coordinates(fiber.index) + "; order " + name_of(block.settings.order) + ", copies " +
-              (block.settings.lazy_copies ? "lazy" : "eager") + ", seed " + std::to_string(block.settings.seed) + "]");
+  throw_error(self(), site, what);
 }
 
 void barrier(int id, int count, const char* name, Site site) {
+  const Unseen unseen;
   if (!is_off(site, name)) self().block->arrive(id, count, name, site);
 }
 
+void named_barrier(int id, int count, const char* name, Site site) {
+  const int threads = self().block->threads;
+  if (id < 1 || id >= kBarriers) fail(site, "%s: there is no barrier %d, only 1 to 15", name, id);
+  if (count <= 0 || count % 32 != 0 || count > threads) {
+    fail(site, "%s: %d threads are not whole warps of a block of %d", name, count, threads);
+  }
+  barrier(id, count, name, site);
+}
+
 void sync_warp(unsigned mask, Site site) {
+  const Unseen unseen;
   char nothing[1] = {};
   if (!is_off(site, "__syncwarp")) self().block->join(mask, nothing, 0, nothing, 0, nullptr, "__syncwarp", site);
 }
 
 void collective(unsigned mask, const void* operand, size_t operand_size, void* result, size_t result_size,
                 void (*compute)(Lanes&, unsigned), const char* name, Site site) {
+  const Unseen unseen;
   self().block->join(mask, operand, operand_size, result, result_size, compute, name, site);
 }
 
-void* shared_array(const void* tag, size_t bytes) { return self().block->array_of(tag, bytes); }
+void* shared_array(const void* tag, size_t bytes, Site site) {
+  const Unseen unseen;
+  return self().block->array_of(tag, bytes, site);
+}
 
 void* dynamic_shared() {
-  Block& block = *self().block;
-  return block.dynamic_bytes ? block.array_of(&kDynamicTag, 0) : nullptr;
+  const Unseen unseen;
+  return self().block->find_array(&kDynamicTag);
 }
 
 void check_shared(const void* p, size_t bytes, Access access, const char* name, Site site) {
+  const Unseen unseen;
   Block& block = *self().block;
   block.check(p, bytes, access, name, site);
   ++block.counters.shared_accesses;
@@ -923,6 +1026,10 @@ void check_global(const void* p, size_t bytes, const char* name, Site site) {
 }
 
 void copy_async(void* to, const void* from, bool valid, Site site) {
+#ifdef FASTGPT_TSAN
+  if (valid) __tsan_read16(const_cast<void*>(from));
+#endif
+  const Unseen unseen;
   Block& block = *self().block;
   block.start_copy(to, from, valid, site);
   if (block.settings.count_banks) block.note_request(to, 16, id_of(site));
@@ -931,6 +1038,7 @@ void copy_async(void* to, const void* from, bool valid, Site site) {
 void commit_async() { ++self().group; }
 
 void wait_async(int pending, Site site) {
+  const Unseen unseen;
   if (!is_off(site, "cp_async_wait")) self().block->finish_copies(pending, site);
 }
 
@@ -946,17 +1054,18 @@ void count_matrix_rows(const void* const rows[32]) {
 
 void count_mma() { ++self().block->counters.mma; }
 
-void launch(const char* signature, dim3 grid, dim3 block_size, size_t shared_bytes, void (*body)(void*),
-            void* context) {
+void launch(const char* signature, dim3 grid, dim3 block_size, size_t shared_bytes, void (*body)(void*), void* context,
+            Site site) {
   const std::string name = kernel_name(signature);
+  const auto refuse = [&](const std::string& why) { throw Error(place(site) + ": " + why + " [kernel " + name + "]"); };
   const uint64_t threads = uint64_t{block_size.x} * block_size.y * block_size.z;
   if (threads == 0 || threads > kMaxThreads || block_size.z > 64) {
-    throw Error(formatted("%s: a block of (%u, %u, %u) threads is not possible", name.c_str(), block_size.x,
-                          block_size.y, block_size.z));
+    refuse(formatted("a block of (%u, %u, %u) threads is not possible", block_size.x, block_size.y, block_size.z));
   }
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    throw Error(formatted("%s: a grid of (%u, %u, %u) blocks is not possible", name.c_str(), grid.x, grid.y, grid.z));
+    refuse(formatted("a grid of (%u, %u, %u) blocks is not possible", grid.x, grid.y, grid.z));
   }
+  if (shared_bytes > kMaxSharedBytes) refuse(too_much(shared_bytes, kMaxSharedBytes));
   const int64_t total = int64_t{grid.x} * grid.y * grid.z;
   if (total == 0) return;
   const Settings now = settings();
@@ -970,17 +1079,27 @@ void launch(const char* signature, dim3 grid, dim3 block_size, size_t shared_byt
     for (int64_t i = 0; i < total; ++i) shuffled[static_cast<size_t>(i)] = i;
     std::shuffle(shuffled.begin(), shuffled.end(), std::mt19937_64(now.seed));
   }
+  const int64_t cores = now.workers > 0 ? now.workers : std::max(1u, std::thread::hardware_concurrency());
+  const int64_t workers = std::min(cores, total);
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
+  int64_t error_at = total;  // of several blocks with errors the first in the order, so that a seed gives the same one
   std::mutex error_mutex;
-  auto work = [&] {
+  auto work = [&]([[maybe_unused]] int64_t worker) {
+    const Unseen unseen;
     auto block = take_block();
+    int64_t i = 0;
     try {
 #ifdef __SANITIZE_ADDRESS__
       block->outside_bottom = nullptr;  // it may be another OS thread's this time
 #endif
       block->prepare(name, grid, block_size, shared_bytes, body, context);
-      for (int64_t i; (i = next++) < total;) {
+#ifdef FASTGPT_TSAN
+      // Neighbours never share an OS thread, whose fibers would be taken for one CUDA thread that runs in both.
+      for (i = worker; i < total && next < total; i += workers) {
+#else
+      while ((i = next++) < total) {
+#endif
         const int64_t at = now.order == Order::reversed ? total - 1 - i
                            : shuffled.empty()           ? i
                                                         : shuffled[static_cast<size_t>(i)];
@@ -990,21 +1109,23 @@ void launch(const char* signature, dim3 grid, dim3 block_size, size_t shared_byt
       }
     } catch (...) {
       std::lock_guard<std::mutex> lock(error_mutex);
-      if (!error) error = std::current_exception();
+      if (i < error_at) {
+        error_at = i;
+        error = std::current_exception();
+      }
       next = total;
     }
+    acquire(&block->sanitizer_end);
     give_back(std::move(block));
   };
-  const int64_t cores = now.workers > 0 ? now.workers : std::max(1u, std::thread::hardware_concurrency());
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < std::min(cores, total); ++i) others.emplace_back(work);
-  work();
+  for (int64_t i = 1; i < workers; ++i) others.emplace_back(work, i);
+  work(0);
   for (std::thread& other : others) other.join();
   if (error) std::rethrow_exception(error);
 }
 
-// ---- control
-// -----------------------------------------------------------------------------------------------------------
+// ---- control ----
 
 Settings settings() {
   std::lock_guard<std::mutex> lock(state_mutex);

@@ -56,6 +56,8 @@ extern thread_local Thread* current;
 
 // Waits for `count` threads (0: all of the block that still run) at barrier `id`.
 void barrier(int id, int count, const char* name, Site site);
+// The same of 1 to 15 and whole warps; all else is an error.
+void named_barrier(int id, int count, const char* name, Site site);
 void sync_warp(unsigned mask, Site site);
 
 // One operand and one result per lane.
@@ -86,7 +88,7 @@ Out collective(unsigned mask, const In& operand, void (*compute)(Lanes&, unsigne
 }
 
 // The block's array that belongs to `tag`, made when its first thread asks for it.
-void* shared_array(const void* tag, size_t bytes);
+void* shared_array(const void* tag, size_t bytes, Site site);
 void* dynamic_shared();
 
 enum class Access { read, write };
@@ -106,7 +108,8 @@ void count_mma();
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 // Runs body(context) as every thread of the grid. `signature` names the kernel, as the compiler spells it.
-void launch(const char* signature, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
+void launch(const char* signature, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context,
+            Site site);
 
 template <class T>
 T shuffle(unsigned mask, T value, int source, const char* name, Site site) {
@@ -168,7 +171,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, FASTGPT_SITE) {
         for (int lane = 0; lane < 32; ++lane) {
           if (active >> lane & 1 && lanes.operand<int>(lane)) votes |= 1u << lane;
         }
-        for (int lane = 0; lane < 32; ++lane) lanes.result<unsigned>(lane) = votes;
+        for (int lane = 0; lane < 32; ++lane) {  // the others' results may not have been fetched yet
+          if (active >> lane & 1) lanes.result<unsigned>(lane) = votes;
+        }
       },
       "__ballot_sync", site);
 }

@@ -23,7 +23,10 @@ namespace fastgpt::cuda {
 using emulator::Access;
 using emulator::Lanes;
 
-inline void* array_of(const void* tag, size_t bytes) { return emulator::shared_array(tag, bytes); }
+inline void* array_of(const void* tag, size_t bytes, FASTGPT_SITE) { return emulator::shared_array(tag, bytes, site); }
+
+// Shared memory is none of ThreadSanitizer's business, which does not know when an array is another block's.
+#define FASTGPT_UNSEEN __attribute__((no_sanitize("thread")))
 
 template <class T>
 T ldg(const T* p, FASTGPT_SITE) {
@@ -36,12 +39,14 @@ void stg(T* p, std::remove_cv_t<T> value, FASTGPT_SITE) {
   *p = value;
 }
 template <class T>
-T lds(Shared<T> p, FASTGPT_SITE) {
+FASTGPT_UNSEEN T lds(Shared<T> p, FASTGPT_SITE) {
+  static_assert(sizeof(T) >= 2, "the emulator looks at shared memory two bytes at a time");
   emulator::check_shared(p.address(), sizeof(T), Access::read, "lds", site);
   return *p.address();
 }
 template <class T>
-void sts(Shared<T> p, std::remove_cv_t<T> value, FASTGPT_SITE) {
+FASTGPT_UNSEEN void sts(Shared<T> p, std::remove_cv_t<T> value, FASTGPT_SITE) {
+  static_assert(sizeof(T) >= 2, "the emulator looks at shared memory two bytes at a time");
   emulator::check_shared(p.address(), sizeof(T), Access::write, "sts", site);
   *p.address() = value;
 }
@@ -55,7 +60,7 @@ struct MatrixWords {
 };
 
 template <bool kTransposed, class T>
-void ldmatrix(uint32_t (&out)[4], Shared<T> row, const char* name, emulator::Site site) {
+FASTGPT_UNSEEN void ldmatrix(uint32_t (&out)[4], Shared<T> row, const char* name, emulator::Site site) {
   static_assert(sizeof(T) == 2);
   emulator::check_shared(row.address(), 16, Access::read, name, site);
   MatrixRow mine{row.address(), {}};
@@ -160,7 +165,7 @@ void cp_async_wait(FASTGPT_SITE) {
   emulator::wait_async(kPending, site);
 }
 
-inline void bar_sync(int id, int count, FASTGPT_SITE) { emulator::barrier(id, count, "bar_sync", site); }
+inline void bar_sync(int id, int count, FASTGPT_SITE) { emulator::named_barrier(id, count, "bar_sync", site); }
 
 // Correctly rounded, which a GPU's is not.
 inline float fast_exp2(float x) {
@@ -168,12 +173,18 @@ inline float fast_exp2(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+// There are no streams. This keeps the place of the launch, which a pack of arguments leaves no room for.
+struct Stream {
+  Stream(cudaStream_t, FASTGPT_SITE) : launched_at(site) {}
+  emulator::Site launched_at;
+};
+
 template <auto kKernel, class... Args>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Args&... args) {
+void launch(dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Args&... args) {
   auto body = [&] { kKernel(args...); };
   emulator::launch(
       __PRETTY_FUNCTION__, grid, block, shared_bytes, [](void* context) { (*static_cast<decltype(body)*>(context))(); },
-      &body);
+      &body, stream.launched_at);
 }
 
 }  // namespace fastgpt::cuda

@@ -1,0 +1,431 @@
+// Small kernels, each with one planted fault, and right without it. tests/test_emulator.py holds the emulator to
+// finding each of them, at the line that says FAULT.
+
+#include "../../csrc/cuda/prims.cuh"
+#include "kernels.h"
+
+namespace fastgpt::cuda::testing {
+namespace {
+
+constexpr int kThreads = 64;  // two warps
+
+FASTGPT_PRIM int tid() { return static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); }
+
+// In one block of the grid only, and not the first, so that the error has to say which.
+FASTGPT_PRIM bool here(bool planted) { return planted && blockIdx.x == 1 && blockIdx.y == 1; }
+
+// ---- barriers ----
+
+__global__ void barrier_in_two_places(bool planted, float*) {
+  if (here(planted) && tid() >= 32) {
+    __syncthreads();  // FAULT barrier_in_two_places
+  } else {
+    __syncthreads();  // OTHER barrier_in_two_places
+  }
+}
+
+// Threads that have left are not waited for.
+__global__ void barrier_after_some_left(bool, float*) {
+  if (tid() % 32 >= 20) return;
+  bar_sync(1 + tid() / 32, 32);
+  __syncthreads();
+  if (tid() >= 32) return;
+  __syncthreads();
+}
+
+__global__ void barrier_and_warp(bool planted, float*) {
+  if (!here(planted) || tid() % 32 < 16) {
+    __syncthreads();  // FAULT barrier_and_warp
+  } else {
+    __syncwarp();  // OTHER barrier_and_warp
+  }
+}
+
+__global__ void named_barrier_of_too_many(bool planted, float*) {
+  if (tid() < 32) bar_sync(1, here(planted) ? 64 : 32);  // FAULT named_barrier_of_too_many
+}
+
+__global__ void named_barrier_with_two_counts(bool planted, float*) {
+  bar_sync(1, here(planted) && tid() >= 32 ? 32 : 64);  // FAULT named_barrier_with_two_counts
+}
+
+__global__ void named_barrier_of_part_of_a_warp(bool planted, float*) {
+  if (here(planted) ? tid() % 32 < 16 : tid() < 32) bar_sync(1, 32);  // FAULT named_barrier_of_part_of_a_warp
+  __syncthreads();                                                    // OTHER named_barrier_of_part_of_a_warp
+}
+
+__global__ void named_barrier_of_no_whole_warp(bool planted, float*) {
+  bar_sync(1, here(planted) ? 48 : 64);  // FAULT named_barrier_of_no_whole_warp
+}
+
+__global__ void named_barrier_beyond_15(bool planted, float*) {
+  bar_sync(here(planted) ? 16 : 15, 64);  // FAULT named_barrier_beyond_15
+}
+
+// ---- operations of a warp ----
+
+__global__ void warp_in_two_operations(bool planted, float* data) {
+  float x = 1.0f;
+  if (here(planted) && tid() % 32 == 7) {
+    x = __shfl_down_sync(kFullMask, x, 1);  // FAULT warp_in_two_operations
+  } else {
+    x = __shfl_xor_sync(kFullMask, x, 1);  // OTHER warp_in_two_operations
+  }
+  stg(data + tid() + 64 * (blockIdx.x + 2 * blockIdx.y), x);
+}
+
+__global__ void warp_with_two_masks(bool planted, float*) {
+  const bool high = tid() % 32 >= 16;
+  if (here(planted)) {
+    __ballot_sync(high ? 0xffff0000u : kFullMask, 1);  // FAULT warp_with_two_masks
+  } else {
+    __ballot_sync(high ? 0xffff0000u : 0x0000ffffu, 1);
+  }
+}
+
+__global__ void warp_in_two_places(bool planted, float*) {
+  if (here(planted) && tid() % 32 >= 16) {
+    __syncwarp();  // FAULT warp_in_two_places
+  } else {
+    __syncwarp();  // OTHER warp_in_two_places
+  }
+}
+
+__global__ void lane_outside_its_mask(bool planted, float*) {
+  __syncwarp(here(planted) ? 0xfffffff7u : kFullMask);  // FAULT lane_outside_its_mask
+}
+
+__global__ void warp_waits_for_who_left(bool planted, float*) {
+  if (tid() % 32 >= 30) return;
+  __any_sync(here(planted) ? kFullMask : 0x3fffffffu, 1);  // FAULT warp_waits_for_who_left
+}
+
+// ---- bounds and alignment ----
+
+__global__ void shared_beyond_its_end(bool planted, float*) {
+  SHARED(float, array, kThreads);
+  sts(array + (tid() + (here(planted) ? 1 : 0)), 1.0f);  // FAULT shared_beyond_its_end
+}
+
+__global__ void shared_before_its_begin(bool planted, float*) {
+  SHARED(float, array, kThreads);
+  sts(array + tid(), 1.0f);
+  lds(array + (tid() - (here(planted) ? 1 : 0)));  // FAULT shared_before_its_begin
+}
+
+__global__ void dynamic_shared_beyond_its_end(bool planted, float*) {  // of 64 floats
+  DYNAMIC_SHARED(float, array);
+  sts(array + (tid() + (here(planted) ? 1 : 0)), 1.0f);  // FAULT dynamic_shared_beyond_its_end
+}
+
+__global__ void dynamic_shared_of_no_size(bool planted, float*) {
+  DYNAMIC_SHARED(float, array);
+  if (here(planted)) sts(array + tid(), 1.0f);  // FAULT dynamic_shared_of_no_size
+}
+
+__global__ void lds_misaligned(bool planted, float*) {
+  SHARED(float, array, 4 * kThreads + 4);
+  sts((array + 4 * tid()).as<Vec<float, 4>>(), Vec<float, 4>{});
+  __syncthreads();
+  lds((array + (4 * tid() + (here(planted) ? 2 : 0))).as<Vec<float, 4>>());  // FAULT lds_misaligned
+}
+
+__global__ void sts_misaligned(bool planted, float*) {
+  SHARED(bf16, array, 2 * kThreads + 2);
+  sts((array + (2 * tid() + (here(planted) ? 1 : 0))).as<Vec<bf16, 2>>(), Vec<bf16, 2>{});  // FAULT sts_misaligned
+}
+
+__global__ void ldg_misaligned(bool planted, float* data) {
+  ldg(reinterpret_cast<const Vec<float, 4>*>(data + 4 * tid() + (here(planted) ? 1 : 0)));  // FAULT ldg_misaligned
+}
+
+__global__ void stg_misaligned(bool planted, float* data) {
+  const unsigned block = blockIdx.x + 2 * blockIdx.y;
+  float* to = data + 128 * block + 2 * tid() + (here(planted) ? 1 : 0);
+  stg(reinterpret_cast<Vec<float, 2>*>(to), Vec<float, 2>{});  // FAULT stg_misaligned
+}
+
+__global__ void ldg_of_null(bool planted, float* data) {
+  ldg(here(planted) ? nullptr : data + tid());  // FAULT ldg_of_null
+}
+
+__global__ void stg_to_null(bool planted, float* data) {
+  stg(here(planted) ? nullptr : data + tid() + 64 * (blockIdx.x + 2 * blockIdx.y), 1.0f);  // FAULT stg_to_null
+}
+
+__global__ void ldmatrix_misaligned(bool planted, float*) {
+  SHARED(bf16, tile, kThreads * 8 + 8);
+  sts((tile + 8 * tid()).as<Vec<bf16, 8>>(), Vec<bf16, 8>{});
+  __syncthreads();
+  uint32_t out[4];
+  ldmatrix_x4(out, tile + (8 * tid() + (here(planted) ? 4 : 0)));  // FAULT ldmatrix_misaligned
+}
+
+__global__ void copy_to_misaligned(bool planted, float* data) {
+  SHARED(float, tile, 4 * kThreads + 4);
+  cp_async_16(tile + (4 * tid() + (here(planted) ? 2 : 0)), data + 4 * tid());  // FAULT copy_to_misaligned
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+__global__ void copy_from_misaligned(bool planted, float* data) {
+  SHARED(float, tile, 4 * kThreads);
+  cp_async_16(tile + 4 * tid(), data + 4 * tid() + (here(planted) ? 2 : 0));  // FAULT copy_from_misaligned
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+__global__ void copy_from_null(bool planted, float*) {
+  SHARED(float, tile, 4 * kThreads);
+  const float* nothing = nullptr;
+  cp_async_16(tile + 4 * tid(), nothing, here(planted));  // FAULT copy_from_null
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+// ---- who wrote what, and when ----
+
+__global__ void uninitialised_read(bool planted, float* data) {
+  SHARED(float, array, kThreads);
+  if (!here(planted) || tid() != 37) sts(array + tid(), 1.0f);
+  __syncthreads();
+  const float x = lds(array + tid());  // FAULT uninitialised_read
+  stg(data + tid() + 64 * (blockIdx.x + 2 * blockIdx.y), x);
+}
+
+// Half of what it reads was written.
+__global__ void half_initialised_read(bool planted, float*) {
+  SHARED(bf16, array, 2 * kThreads);
+  sts(array + 2 * tid(), bf16());
+  if (!here(planted)) sts(array + (2 * tid() + 1), bf16());
+  lds((array + 2 * tid()).as<Vec<bf16, 2>>());  // FAULT half_initialised_read
+}
+
+__global__ void read_after_write(bool planted, float*) {
+  SHARED(float, array, kThreads);
+  sts(array + tid(), 1.0f);  // OTHER read_after_write
+  if (!here(planted)) __syncthreads();
+  lds(array + (tid() + 32) % 64);  // FAULT read_after_write
+}
+
+__global__ void write_after_read(bool planted, float*) {
+  SHARED(float, array, kThreads);
+  sts(array + tid(), 1.0f);
+  __syncthreads();
+  lds(array + (tid() + 32) % 64);  // OTHER write_after_read
+  if (!here(planted)) __syncthreads();
+  sts(array + tid(), 2.0f);  // FAULT write_after_read
+}
+
+__global__ void write_after_write(bool planted, float*) {
+  SHARED(float, array, kThreads);
+  sts(array + tid(), 1.0f);  // OTHER write_after_write
+  if (!here(planted)) __syncthreads();
+  sts(array + (tid() + 32) % 64, 2.0f);  // FAULT write_after_write
+}
+
+__global__ void read_after_write_in_a_warp(bool planted, float*) {
+  SHARED(float, array, kThreads);
+  sts(array + tid(), 1.0f);  // OTHER read_after_write_in_a_warp
+  if (here(planted)) {
+    __shfl_xor_sync(kFullMask, 1.0f, 1);  // orders no memory
+  } else {
+    __syncwarp();
+  }
+  lds(array + (tid() ^ 1));  // FAULT read_after_write_in_a_warp
+}
+
+// Each half has a barrier of its own, and what one half wrote is for that half.
+__global__ void read_across_named_barriers(bool planted, float*) {
+  SHARED(float, array, kThreads);
+  const int half = tid() / 32;
+  sts(array + tid(), 1.0f);  // OTHER read_across_named_barriers
+  bar_sync(1 + half, 32);
+  const int from = here(planted) ? (tid() + 32) % 64 : 32 * half + (tid() + 1) % 32;
+  lds(array + from);  // FAULT read_across_named_barriers
+}
+
+// ---- asynchronous copies ----
+
+__global__ void copy_not_waited_for(bool planted, float* data) {
+  SHARED(float, tile, 4 * kThreads);
+  cp_async_16(tile + 4 * tid(), data + 4 * tid());  // OTHER copy_not_waited_for
+  cp_async_commit();
+  if (!here(planted)) cp_async_wait<0>();
+  __syncthreads();
+  lds(tile + tid());  // FAULT copy_not_waited_for
+}
+
+__global__ void copy_of_another_without_barrier(bool planted, float* data) {
+  SHARED(float, tile, 4 * kThreads);
+  cp_async_16(tile + 4 * tid(), data + 4 * tid());  // OTHER copy_of_another_without_barrier
+  cp_async_commit();
+  cp_async_wait<0>();
+  if (!here(planted)) __syncthreads();
+  lds(tile + (4 * tid() + 128) % 256);  // FAULT copy_of_another_without_barrier
+}
+
+__global__ void copy_never_committed(bool planted, float* data) {
+  SHARED(float, tile, 4 * kThreads);
+  cp_async_16(tile + 4 * tid(), data + 4 * tid());  // OTHER copy_never_committed
+  if (!here(planted)) cp_async_commit();
+  cp_async_wait<0>();
+  lds(tile + 4 * tid());  // FAULT copy_never_committed
+}
+
+__global__ void copy_of_the_next_group(bool planted, float* data) {
+  SHARED(float, tiles, 8 * kThreads);
+  cp_async_16(tiles + 4 * tid(), data + 4 * tid());
+  cp_async_commit();
+  cp_async_16(tiles + (256 + 4 * tid()), data + 256 + 4 * tid());  // OTHER copy_of_the_next_group
+  cp_async_commit();
+  cp_async_wait<1>();
+  lds(tiles + (4 * tid() + (here(planted) ? 256 : 0)));  // FAULT copy_of_the_next_group
+}
+
+__global__ void copy_into_what_is_being_read(bool planted, float* data) {
+  SHARED(float, tile, 4 * kThreads);
+  for (int i = 0; i < 2; ++i) {
+    cp_async_16(tile + 4 * tid(), data + 256 * i + 4 * tid());  // FAULT copy_into_what_is_being_read
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    lds(tile + (4 * tid() + 128) % 256);  // OTHER copy_into_what_is_being_read
+    if (!here(planted)) __syncthreads();
+  }
+}
+
+__global__ void copy_into_what_is_in_flight(bool planted, float* data) {
+  SHARED(float, tiles, 8 * kThreads);
+  cp_async_16(tiles + 4 * tid(), data + 4 * tid());  // OTHER copy_into_what_is_in_flight
+  cp_async_commit();
+  const int slot = here(planted) ? 0 : 256;
+  cp_async_16(tiles + (slot + 4 * tid()), data + 256 + 4 * tid());  // FAULT copy_into_what_is_in_flight
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
+// ---- limits ----
+
+__global__ void shared_arrays_of_49_kib(bool planted, float*) {
+  SHARED(float, first, 8 << 10);
+  sts(first + tid(), 1.0f);
+  if (here(planted)) {
+    SHARED(float, second, 17 << 8);  // FAULT shared_arrays_of_49_kib
+    sts(second + tid(), 1.0f);
+  }
+}
+
+__global__ void nothing(bool, float*) {}
+
+// ---- what no check sees ----
+
+// Each block adds to what the others add to. Only a schedule, or ThreadSanitizer, tells.
+__global__ void race_between_blocks(bool planted, float* data) {
+  float* sum = data + (planted ? 0 : blockIdx.x + 2 * blockIdx.y);
+  if (tid() == 0) stg(sum, 2.0f * ldg(sum) + static_cast<float>(blockIdx.x));  // FAULT race_between_blocks
+}
+
+// A thread reads what another one writes.
+__global__ void race_between_threads(bool planted, float* data) {
+  float* mine = data + 64 * (blockIdx.x + 2 * blockIdx.y);
+  stg(mine + tid(), 1.0f);  // FAULT race_between_threads
+  if (!planted) __syncthreads();
+  const float x = ldg(mine + (tid() + 1) % 64);  // OTHER race_between_threads
+  __syncthreads();
+  stg(mine + tid(), x);
+}
+
+// Beyond the 1024 floats there are.
+__global__ void global_beyond_its_end(bool planted, float* data) {
+  const float x = ldg(data + (here(planted) ? 1024 : 0) + tid());  // FAULT global_beyond_its_end
+  stg(data + tid() + 64 * (blockIdx.x + 2 * blockIdx.y), x);
+}
+
+const dim3 kGrid(2, 2), kBlock(32, 2);
+
+template <auto kKernel>
+void run(bool planted, float* data) {
+  launch<kKernel>(kGrid, kBlock, 0, nullptr, planted, data);
+}
+
+void run_with_256_bytes(bool planted, float* data) {
+  launch<dynamic_shared_beyond_its_end>(kGrid, kBlock, 256, nullptr, planted, data);
+}
+void too_much_shared_memory(bool planted, float* data) {
+  const size_t most = 227 << 10;
+  launch<nothing>(kGrid, kBlock, most + planted, nullptr, planted, data);  // FAULT too_much_shared_memory
+}
+void block_of_no_threads(bool planted, float* data) {
+  launch<nothing>(kGrid, dim3(32, planted ? 0 : 1), 0, nullptr, planted, data);  // FAULT block_of_no_threads
+}
+void block_of_too_many_threads(bool planted, float* data) {
+  launch<nothing>(kGrid, dim3(32, planted ? 33 : 32), 0, nullptr, planted, data);  // FAULT block_of_too_many_threads
+}
+void block_too_deep(bool planted, float* data) {
+  launch<nothing>(kGrid, dim3(1, 1, planted ? 65 : 64), 0, nullptr, planted, data);  // FAULT block_too_deep
+}
+void grid_too_high(bool planted, float* data) {
+  launch<nothing>(dim3(1, planted ? 65536 : 1), kBlock, 0, nullptr, planted, data);  // FAULT grid_too_high
+}
+
+}  // namespace
+
+#define RUN(kernel) {#kernel, run<kernel>}
+
+const std::map<std::string, Fault>& faults() {
+  static const std::map<std::string, Fault> all{
+      RUN(barrier_in_two_places),
+      RUN(barrier_after_some_left),
+      RUN(barrier_and_warp),
+      RUN(named_barrier_of_too_many),
+      RUN(named_barrier_with_two_counts),
+      RUN(named_barrier_of_part_of_a_warp),
+      RUN(named_barrier_of_no_whole_warp),
+      RUN(named_barrier_beyond_15),
+      RUN(warp_in_two_operations),
+      RUN(warp_with_two_masks),
+      RUN(warp_in_two_places),
+      RUN(lane_outside_its_mask),
+      RUN(warp_waits_for_who_left),
+      RUN(shared_beyond_its_end),
+      RUN(shared_before_its_begin),
+      RUN(dynamic_shared_of_no_size),
+      RUN(lds_misaligned),
+      RUN(sts_misaligned),
+      RUN(ldg_misaligned),
+      RUN(stg_misaligned),
+      RUN(ldg_of_null),
+      RUN(stg_to_null),
+      RUN(ldmatrix_misaligned),
+      RUN(copy_to_misaligned),
+      RUN(copy_from_misaligned),
+      RUN(copy_from_null),
+      RUN(uninitialised_read),
+      RUN(half_initialised_read),
+      RUN(read_after_write),
+      RUN(write_after_read),
+      RUN(write_after_write),
+      RUN(read_after_write_in_a_warp),
+      RUN(read_across_named_barriers),
+      RUN(copy_not_waited_for),
+      RUN(copy_of_another_without_barrier),
+      RUN(copy_never_committed),
+      RUN(copy_of_the_next_group),
+      RUN(copy_into_what_is_being_read),
+      RUN(copy_into_what_is_in_flight),
+      RUN(shared_arrays_of_49_kib),
+      RUN(race_between_blocks),
+      RUN(race_between_threads),
+      RUN(global_beyond_its_end),
+      {"dynamic_shared_beyond_its_end", run_with_256_bytes},
+      {"too_much_shared_memory", too_much_shared_memory},
+      {"block_of_no_threads", block_of_no_threads},
+      {"block_of_too_many_threads", block_of_too_many_threads},
+      {"block_too_deep", block_too_deep},
+      {"grid_too_high", grid_too_high},
+  };
+  return all;
+}
+
+}  // namespace fastgpt::cuda::testing

@@ -1,0 +1,331 @@
+"""The emulator finds what kernels do wrong, says where, and finds nothing where nothing is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from types import ModuleType
+
+import cuda_kernels
+import pytest
+import torch
+from conftest import INTERPRETING
+
+from fastgpt import emulator
+
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="with a GPU, kernels run there")
+
+SOURCE = cuda_kernels.FOLDER / "faults.cu"
+UNINITIALISED = (
+    "lds reads uninitialised shared memory (or another thread has yet to write it, and no barrier lies between)"
+)
+
+# What the emulator says, in order, and of which thread of block (1, 1, 0); a block has (32, 2, 1) threads. {here} is
+# where the error is, at the line that says FAULT and not OTHER but for those AT_OTHER.
+FAULTS = {
+    "barrier_in_two_places": (
+        "divergent barrier: __syncthreads is reached here, while thread 0 waits at {there}",
+        "(0, 1, 0)",
+    ),
+    "barrier_and_warp": (
+        "deadlock: no thread of the block can go on; threads 0 to 15 wait in __syncthreads at {here}; threads 16 to 31 "
+        "wait in __syncwarp at {there}; threads 32 to 47 wait in __syncthreads at {here}; threads 48 to 63 wait in "
+        "__syncwarp at {there}",
+        "(0, 0, 0)",
+    ),
+    "named_barrier_of_too_many": (
+        "deadlock: no thread of the block can go on; threads 0 to 31 wait in bar_sync at {here}; threads 32 to 63 have "
+        "left",
+        "(0, 0, 0)",
+    ),
+    "named_barrier_with_two_counts": ("bar_sync: thread 0 waits here for 64 threads, this one for 32", "(0, 1, 0)"),
+    "named_barrier_of_part_of_a_warp": (
+        "deadlock: no thread of the block can go on; threads 0 to 15 wait in bar_sync at {here}; threads 16 to 31 wait "
+        "in __syncthreads at {there}; threads 32 to 47 wait in bar_sync at {here}; threads 48 to 63 wait in "
+        "__syncthreads at {there}",
+        "(0, 0, 0)",
+    ),
+    "named_barrier_of_no_whole_warp": ("bar_sync: 48 threads are not whole warps of a block of 64", "(0, 0, 0)"),
+    "named_barrier_beyond_15": ("bar_sync: there is no barrier 16, only 1 to 15", "(0, 0, 0)"),
+    "warp_in_two_operations": (
+        "mismatched operations of a warp: __shfl_down_sync with mask ffffffff here, while lanes 0000007f are in "
+        "__shfl_xor_sync with mask ffffffff at {there}",
+        "(7, 0, 0)",
+    ),
+    "warp_in_two_places": (
+        "mismatched operations of a warp: __syncwarp with mask ffffffff here, while lanes 0000ffff are in __syncwarp "
+        "with mask ffffffff at {there}",
+        "(16, 0, 0)",
+    ),
+    "warp_with_two_masks": (
+        "mismatched operations of a warp: __ballot_sync with mask ffff0000 here, while lanes 0000ffff are in "
+        "__ballot_sync with mask ffffffff at {here}",
+        "(16, 0, 0)",
+    ),
+    "lane_outside_its_mask": ("__syncwarp: lane 3 is not in its own mask fffffff7", "(3, 0, 0)"),
+    "warp_waits_for_who_left": ("__ballot_sync waits for lanes 40000000, which have left the kernel", "(0, 0, 0)"),
+    "shared_beyond_its_end": (
+        "sts: 4 bytes out of the bounds of the block's shared memory (at byte 256 of an array of 256)",
+        "(31, 1, 0)",
+    ),
+    "shared_before_its_begin": (
+        "lds: 4 bytes out of the bounds of the block's shared memory (at byte -4 of an array of 256)",
+        "(0, 0, 0)",
+    ),
+    "dynamic_shared_beyond_its_end": (
+        "sts: 4 bytes out of the bounds of the block's shared memory (at byte 256 of an array of 256)",
+        "(31, 1, 0)",
+    ),
+    "dynamic_shared_of_no_size": (
+        "sts: 4 bytes out of the bounds of the block's shared memory (the launch asked for no dynamic shared memory)",
+        "(0, 0, 0)",
+    ),
+    "lds_misaligned": ("lds: 16 bytes at an address that is not a multiple of 16", "(31, 1, 0)"),
+    "sts_misaligned": ("sts: 4 bytes at an address that is not a multiple of 4", "(0, 0, 0)"),
+    "ldg_misaligned": ("ldg: 16 bytes at an address that is not a multiple of 16", "(0, 0, 0)"),
+    "stg_misaligned": ("stg: 8 bytes at an address that is not a multiple of 8", "(0, 0, 0)"),
+    "ldg_of_null": ("ldg: the address is null", "(0, 0, 0)"),
+    "stg_to_null": ("stg: the address is null", "(0, 0, 0)"),
+    "ldmatrix_misaligned": ("ldmatrix_x4: 16 bytes at an address that is not a multiple of 16", "(31, 1, 0)"),
+    "copy_to_misaligned": ("cp_async_16: 16 bytes at an address that is not a multiple of 16", "(0, 0, 0)"),
+    "copy_from_misaligned": ("cp_async_16: 16 bytes at an address that is not a multiple of 16", "(0, 0, 0)"),
+    "copy_from_null": ("cp_async_16: the address is null", "(0, 0, 0)"),
+    "uninitialised_read": (UNINITIALISED, "(5, 1, 0)"),
+    "half_initialised_read": (UNINITIALISED, "(0, 0, 0)"),
+    "read_after_write": (UNINITIALISED, "(0, 0, 0)"),
+    "write_after_read": (
+        "race: lds reads shared memory that thread 63 wrote at {there}, and no barrier lies between",
+        "(31, 0, 0)",
+    ),
+    "write_after_write": (
+        "race: sts writes shared memory that thread 0 wrote at {there}, and no barrier lies between",
+        "(0, 1, 0)",
+    ),
+    "read_after_write_in_a_warp": (
+        "race: lds reads shared memory that thread 30 wrote at {there}, and no barrier lies between",
+        "(31, 0, 0)",
+    ),
+    "read_across_named_barriers": (UNINITIALISED, "(31, 0, 0)"),
+    "copy_not_waited_for": (
+        "lds: the asynchronous copy that thread 15 started at {there} has not been waited for",
+        "(31, 1, 0)",
+    ),
+    "copy_of_another_without_barrier": (UNINITIALISED, "(0, 0, 0)"),
+    "copy_never_committed": (
+        "lds: the asynchronous copy that thread 0 started at {there} has not been waited for",
+        "(0, 0, 0)",
+    ),
+    "copy_of_the_next_group": (
+        "lds: the asynchronous copy that thread 0 started at {there} has not been waited for",
+        "(0, 0, 0)",
+    ),
+    "copy_into_what_is_being_read": (
+        "race: lds reads shared memory that thread 63 wrote at {there}, and no barrier lies between",
+        "(31, 0, 0)",
+    ),
+    "copy_into_what_is_in_flight": (
+        "cp_async_16: the asynchronous copy that thread 0 started at {there} has not been waited for",
+        "(0, 0, 0)",
+    ),
+    "shared_arrays_of_49_kib": (
+        "SHARED: 50176 bytes of shared memory are more than a block can have in arrays (49152)",
+        "(0, 0, 0)",
+    ),
+}
+AT_OTHER = ("write_after_read", "write_after_write", "copy_into_what_is_being_read")
+LAUNCHES = {
+    "too_much_shared_memory": "232449 bytes of shared memory are more than a block can have (232448)",
+    "block_of_no_threads": "a block of (32, 0, 1) threads is not possible",
+    "block_of_too_many_threads": "a block of (32, 33, 1) threads is not possible",
+    "block_too_deep": "a block of (1, 1, 65) threads is not possible",
+    "grid_too_high": "a grid of (1, 65536, 1) blocks is not possible",
+}
+NO_FAULTS = ("barrier_after_some_left",)
+UNSEEN = ("race_between_blocks", "race_between_threads", "global_beyond_its_end")
+
+SCHEDULES = list(itertools.product(emulator.ORDERS, emulator.COPIES, (0, 1, 2)))
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    return cuda_kernels.load()
+
+
+def run(kernels: ModuleType, name: str, planted: bool) -> list[float]:
+    data = torch.zeros(1024)
+    kernels.fault(name, planted, data.data_ptr())
+    return data.tolist()
+
+
+def said_of(kernels: ModuleType, name: str) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        run(kernels, name, True)
+    return str(caught.value)
+
+
+def place(marker: str, name: str) -> str:
+    lines = SOURCE.read_text().splitlines()
+    found = [number for number, line in enumerate(lines, 1) if line.endswith(f"// {marker} {name}")]
+    return f"faults.cu:{found[0]}" if found else "nowhere"
+
+
+def test_every_fault_has_its_sentence(kernels: ModuleType) -> None:
+    assert sorted(kernels.fault_names()) == sorted([*FAULTS, *LAUNCHES, *NO_FAULTS, *UNSEEN])
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_in_order(kernels: ModuleType, name: str) -> None:
+    sentence, thread = FAULTS[name]
+    here, there = place("FAULT", name), place("OTHER", name)
+    if name in AT_OTHER:
+        here, there = there, here
+    wanted = (
+        f"{here}: {sentence.format(here=here, there=there)} [kernel {name}, block (1, 1, 0), thread {thread}; order "
+        "in_order, copies eager, seed 0]"
+    )
+    assert said_of(kernels, name) == wanted
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_in_every_schedule(kernels: ModuleType, name: str) -> None:
+    lines = {place("FAULT", name), place("OTHER", name)}
+    for order, copies, seed in SCHEDULES:
+        with emulator.schedule(order, copies, seed):
+            said = said_of(kernels, name)
+        where = rf"\[kernel {name}, block \(1, 1, 0\), thread \(\d+, [01], 0\); "
+        assert re.search(rf"{where}order {order}, copies {copies}, seed {seed}\]$", said), said
+        assert said.split(": ")[0] in lines
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_that_no_gpu_takes_is_refused(kernels: ModuleType, name: str) -> None:
+    assert said_of(kernels, name) == f"{place('FAULT', name)}: {LAUNCHES[name]} [kernel nothing]"
+
+
+def test_without_its_fault_no_kernel_is_accused(kernels: ModuleType) -> None:
+    for order, copies, seed in SCHEDULES:
+        with emulator.schedule(order, copies, seed):
+            for name in kernels.fault_names():
+                run(kernels, name, False)
+            for name in NO_FAULTS:
+                run(kernels, name, True)
+
+
+@pytest.fixture
+def one_worker() -> Iterator[None]:
+    """One thread of the processor, so that blocks, too, run one after the other."""
+    module = emulator.load()
+    before, settings = module.settings(), module.settings()
+    settings.workers = 1
+    module.configure(settings)
+    yield
+    module.configure(before)
+
+
+@pytest.mark.usefixtures("one_worker")
+@pytest.mark.parametrize("name", ["race_between_blocks", "race_between_threads"])
+def test_a_race_on_global_memory_changes_with_the_schedule(kernels: ModuleType, name: str) -> None:
+    def results(planted: bool) -> list[list[float]]:
+        found = []
+        for order in emulator.ORDERS:
+            with emulator.schedule(order, seed=3):
+                found.append(run(kernels, name, planted))
+        return found
+
+    right = results(False)
+    assert all(result == right[0] for result in right)
+    assert any(result != right[0] for result in results(True)[1:])
+
+
+def test_a_seed_gives_the_same_error_again(kernels: ModuleType) -> None:
+    def errors() -> list[str]:
+        found = []
+        for seed in range(10):
+            with emulator.schedule("random", seed=seed):
+                found.append(said_of(kernels, "read_after_write"))
+        return found
+
+    first = errors()
+    assert errors() == errors() == first
+    assert len({error.split(";")[0] for error in first}) > 1, "another seed, another thread"
+
+
+def test_after_an_error_all_is_as_before(kernels: ModuleType) -> None:
+    right = run(kernels, "uninitialised_read", False)
+    for name in FAULTS:
+        said_of(kernels, name)
+        assert run(kernels, "uninitialised_read", False) == right
+
+
+def test_a_wait_that_is_switched_off_is_a_fault(kernels: ModuleType) -> None:
+    """What the mutants of the kernels' tests rely on."""
+    module = emulator.load()
+    for name, wait in (("read_after_write", "__syncthreads"), ("copy_not_waited_for", "cp_async_wait")):
+        run(kernels, name, False)
+        line = int(place("OTHER", name).split(":")[1])
+        ours = [w for w in module.waits() if w.file == "faults.cu" and w.name == wait and 0 < w.line - line < 4]
+        assert len(ours) == 1
+        module.switch_off("faults.cu", ours[0].line)
+        try:
+            with pytest.raises(RuntimeError, match=r"uninitialised|has not been waited for"):
+                run(kernels, name, False)
+        finally:
+            module.switch_all_on()
+        run(kernels, name, False)
+    with pytest.raises(RuntimeError, match=r"^no wait at faults.cu:1 has been reached$"):
+        module.switch_off("faults.cu", 1)
+
+
+def test_the_counters_name_the_kernels(kernels: ModuleType) -> None:
+    module = emulator.load()
+    module.reset_counters()
+    run(kernels, "read_after_write", False)
+    run(kernels, "read_after_write", False)
+    counters = module.counters()
+    assert list(counters) == ["read_after_write"]
+    found = counters["read_after_write"]
+    assert (found.launches, found.blocks, found.barriers, found.shared_accesses) == (2, 8, 8, 8 * 64 * 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            {"order": "backwards"},
+            "the emulator's order must be one of in_order, reversed, random, skewed, got 'backwards'",
+        ),
+        ({"copies": "late"}, "the emulator's copies must be one of eager, lazy, got 'late'"),
+        ({"seed": -1}, "the emulator's seed must be in [0, 2^64), got -1"),
+        ({"seed": 2**64}, "the emulator's seed must be in [0, 2^64), got 18446744073709551616"),
+    ],
+)
+def test_a_wrong_schedule_is_an_error(arguments: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"), emulator.schedule(**arguments):  # type: ignore
+        pass
+
+
+def test_the_environment_names_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "FASTGPT_EMULATE_ORDER", "skewed")
+    monkeypatch.setitem(os.environ, "FASTGPT_EMULATE_COPIES", "lazy")
+    monkeypatch.setitem(os.environ, "FASTGPT_EMULATE_SEED", "7")
+    assert emulator._schedule_from_environment() == {"order": "skewed", "copies": "lazy", "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("ORDER", "fast", "FASTGPT_EMULATE_ORDER must be one of in_order, reversed, random, skewed, got 'fast'"),
+        ("COPIES", "none", "FASTGPT_EMULATE_COPIES must be one of eager, lazy, got 'none'"),
+        ("SEED", "-1", "FASTGPT_EMULATE_SEED must be a number in [0, 2^64), got '-1'"),
+        ("SEED", "x", "FASTGPT_EMULATE_SEED must be a number in [0, 2^64), got 'x'"),
+    ],
+)
+def test_a_wrong_variable_is_an_error_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, sentence: str
+) -> None:
+    monkeypatch.setitem(os.environ, f"FASTGPT_EMULATE_{variable}", value)
+    monkeypatch.setattr(emulator, "build", None)
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        emulator.load.__wrapped__()
