@@ -136,6 +136,16 @@ def test_normalises_the_sum_before_it_is_rounded(backend: str) -> None:
     torch.testing.assert_close(y.float(), F.layer_norm(x.float(), (70,)), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp", "cuda"])
+def test_rows_that_are_constant_once_rounded_say_nothing_of_the_weight(backend: str) -> None:
+    """The backward has the rounded rows, whose mean is not that of the sum: 2048, not 2048.3."""
+    weight = sample(70, dtype=F16, mean=1.0).requires_grad_()
+    x, residual = (torch.full((3, 70), value, dtype=F16, device=DEVICE) for value in (0.3, 2048))
+    y, _ = ops.add_layer_norm(x, residual, weight, backend=backend)
+    y.backward(sample(3, 70, dtype=F16))
+    torch.testing.assert_close(weight.grad, torch.zeros_like(weight), rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_cpp_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     inputs = stream_inputs(2048, 258, dtype=dtype)

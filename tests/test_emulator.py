@@ -129,6 +129,10 @@ FAULTS = {
         "cp_async_16: the asynchronous copy that thread 0 started at {there} has not been waited for",
         "(0, 0, 0)",
     ),
+    "copy_beyond_the_end": (
+        "cp_async_16: the thread leaves the kernel, and this asynchronous copy has not been waited for",
+        "(0, 0, 0)",
+    ),
     "shared_arrays_of_49_kib": (
         "SHARED: 50176 bytes of shared memory are more than a block can have in arrays (49152)",
         "(0, 0, 0)",

@@ -447,11 +447,19 @@ struct Block {
     acquire(&block.sanitizer_begin);
     try {
       block.body(block.context);
+      require_landed(fiber);
     } catch (...) {
       block.error = std::current_exception();
     }
     release(&block.sanitizer_end);
     block.leave(fiber);
+  }
+
+  // A block's shared memory is another's when it has ended, and what lands there then lands in that one's.
+  static void require_landed(const Fiber& fiber) {
+    if (fiber.copies.empty()) return;
+    fail(known_sites[fiber.copies.front().site].site,
+         "cp_async_16: the thread leaves the kernel, and this asynchronous copy has not been waited for");
   }
 
   void leave(Fiber& fiber) {

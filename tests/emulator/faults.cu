@@ -281,6 +281,7 @@ __global__ void copy_of_the_next_group(bool planted, float* data) {
   cp_async_commit();
   cp_async_wait<1>();
   lds(tiles + (4 * tid() + (here(planted) ? 256 : 0)));  // FAULT copy_of_the_next_group
+  cp_async_wait<0>();
 }
 
 __global__ void copy_into_what_is_being_read(bool planted, float* data) {
@@ -303,6 +304,13 @@ __global__ void copy_into_what_is_in_flight(bool planted, float* data) {
   cp_async_16(tiles + (slot + 4 * tid()), data + 256 + 4 * tid());  // FAULT copy_into_what_is_in_flight
   cp_async_commit();
   cp_async_wait<0>();
+}
+
+__global__ void copy_beyond_the_end(bool planted, float* data) {
+  SHARED(float, tile, 4 * kThreads);
+  cp_async_16(tile + 4 * tid(), data + 4 * tid());  // FAULT copy_beyond_the_end
+  cp_async_commit();
+  if (!here(planted)) cp_async_wait<0>();
 }
 
 // ---- limits ----
@@ -414,6 +422,7 @@ const std::map<std::string, Fault>& faults() {
       RUN(copy_of_the_next_group),
       RUN(copy_into_what_is_being_read),
       RUN(copy_into_what_is_in_flight),
+      RUN(copy_beyond_the_end),
       RUN(shared_arrays_of_49_kib),
       RUN(race_between_blocks),
       RUN(race_between_threads),
