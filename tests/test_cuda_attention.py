@@ -8,7 +8,7 @@ from error_rule import DEVICE, check, sample
 from test_attention import heads, peer, peer_qkvpacked, seqlens
 from torch import Tensor
 
-from fastgpt import emulator, kernel_ops, ops
+from fastgpt import emulator, extension, ops
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -24,8 +24,8 @@ CASES = [(dtype, D) for dtype, sizes in HEADDIMS.items() for D in sizes]
 def run(q: Tensor, k: Tensor, v: Tensor, do: Tensor, **options: object) -> list[Tensor]:
     """o, lse, dq, dk, dv."""
     named = {"is_causal": True, "dropout_p": 0.0, "scale": 0.2, "seqlens_k": None, "seed": None} | options
-    o, lse = kernel_ops.op(emulator.NAMESPACE, "attention_fwd")(q, k, v, *named.values())
-    return [o, lse, *kernel_ops.op(emulator.NAMESPACE, "attention_bwd")(do, q, k, v, o, lse, *named.values())]
+    o, lse = extension.cuda.op("attention_fwd")(q, k, v, *named.values())
+    return [o, lse, *extension.cuda.op("attention_bwd")(do, q, k, v, o, lse, *named.values())]
 
 
 def tensors(*sizes: int, dtype: torch.dtype) -> list[Tensor]:
