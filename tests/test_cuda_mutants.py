@@ -90,7 +90,7 @@ def test_every_wait_of_the_sources_is_reached() -> None:
     assert set(baseline()[1]) == set(places())
 
 
-@pytest.mark.parametrize(("file", "line"), places(), ids=lambda part: str(part))
+@pytest.mark.parametrize(("file", "line"), list(places()), ids=lambda part: str(part))
 def test_a_wait_that_is_left_out_is_missed(module: Any, file: str, line: int) -> None:
     results, reached = baseline()
     first = reached[file, line]

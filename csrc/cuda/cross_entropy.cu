@@ -116,9 +116,8 @@ class LogitRow {
 
 template <class T, Home kHome>
 __global__ void __launch_bounds__(kThreads<kHome>) cross_entropy_fwd_kernel(CrossEntropyFwd a) {
-  // All of it dynamic: beside an array of the compiler's, a row would have to begin at the next multiple of 1024 bytes.
-  DYNAMIC_SHARED(float, shared);
-  RowReduction reduce(shared);
+  ROW_REDUCTION(reduce);
+  DYNAMIC_SHARED(T, room);
   using Logits = LogitRow<T, kHome>;
   constexpr int kCount = Logits::kCount;
   const int64_t m = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(kThreads<kHome>) cross_entropy_fwd_kernel(Cros
     }
     return;
   }
-  const Logits x(start, a.V, (shared + 2 * kWarpSize).as<T>());
+  const Logits x(start, a.V, room);
   const ExponentialSum sum = exponential_sum<T, Logits::kItems, kHome != Home::memory>(reduce, x.steps.end, x);
   // By the thread that has the target's logit, since its gradient may take its place: nobody else reads it.
   const bool valid = target >= 0 && target < a.V;
@@ -253,20 +252,20 @@ void mean_loss(const float* losses, int64_t M, const float* inverse, float* loss
 }
 
 void cross_entropy_fwd(const CrossEntropyFwd& a, cudaStream_t stream) {
-  constexpr size_t kMostShared = 99 << 10, kReduction = 2 * kWarpSize * sizeof(float);
+  constexpr size_t kMostShared = (99 << 10) - 2 * kWarpSize * sizeof(float);  // beside the reduction's
   with_dtype(a.dtype, [&](auto x) {
     using T = decltype(x);
     const int64_t longest = a.V + kVecSize<T> - 1;  // of a row's steps, wherever it begins
-    const size_t held = kReduction + (longest + kVecSize<T> - 1) / kVecSize<T> * 16;
+    const size_t held = (longest + kVecSize<T> - 1) / kVecSize<T> * 16;
     with_row_blocks<T>(longest, [&](const RowBlocks& blocks, auto items) {
       if constexpr (items() > 0) {
-        launch<cross_entropy_fwd_kernel<T, Home::registers>>(blocks.grid(a.M), blocks.block, kReduction, stream, a);
+        launch<cross_entropy_fwd_kernel<T, Home::registers>>(blocks.grid(a.M), blocks.block, 0, stream, a);
       } else if (held <= kMostShared) {
         launch<cross_entropy_fwd_kernel<T, Home::shared>>(dim3(static_cast<unsigned>(a.M)),
                                                           dim3(kThreads<Home::shared>), held, stream, a);
       } else {
         launch<cross_entropy_fwd_kernel<T, Home::memory>>(dim3(static_cast<unsigned>(a.M)),
-                                                          dim3(kThreads<Home::memory>), kReduction, stream, a);
+                                                          dim3(kThreads<Home::memory>), 0, stream, a);
       }
     });
   });

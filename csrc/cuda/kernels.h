@@ -21,34 +21,6 @@ struct Drop {
   float scale;         // 1 / (1 - p)
 };
 
-struct LayerNormFwd {
-  Rows x;              // (M, N)
-  const void* weight;  // (N,)
-  const void* bias;    // (N,), or null
-  void* y;             // (M, N), contiguous
-  float* mean;         // (M,)
-  float* rstd;         // (M,)
-  int64_t M, N;
-  float eps;
-  Dtype dtype;         // of x and y
-  Dtype weight_dtype;  // of weight and bias: dtype, or fp32
-};
-
-struct LayerNormBwd {
-  Rows dy;  // (M, N)
-  Rows x;   // (M, N)
-  const void* weight;
-  const float* mean;
-  const float* rstd;
-  void* dx;        // (M, N), contiguous
-  void* dweight;   // (N,)
-  void* dbias;     // (N,)
-  float* partial;  // (row_blocks(M), 2, N): each block's share of dweight and dbias
-  int64_t M, N;
-  Dtype dtype;
-  Dtype weight_dtype;  // of weight, dweight and dbias
-};
-
 struct AttentionFwd {
   AttentionShape shape;      // lengths below 2^30; D up to 256
   Heads q, k, v, o;          // (B, H, Tq or Tk, D)
@@ -78,50 +50,8 @@ void attention_bwd(const AttentionBwd& a, cudaStream_t stream);
 void layer_norm_fwd(const LayerNormFwd& a, cudaStream_t stream);
 void layer_norm_bwd(const LayerNormBwd& a, cudaStream_t stream);
 
-struct SoftmaxFwd {
-  Rows x;   // (M, N)
-  void* y;  // (M, N), contiguous
-  int64_t M, N;
-  int64_t Tq;  // rows of one causal matrix, or 0 where nothing is masked
-  float scale;
-  Dtype dtype;
-};
-
-struct SoftmaxBwd {
-  Rows dy;   // (M, N)
-  Rows y;    // (M, N)
-  void* dx;  // (M, N), contiguous
-  int64_t M, N;
-  int64_t Tq;
-  float scale;
-  Dtype dtype;
-};
-
 void softmax_fwd(const SoftmaxFwd& a, cudaStream_t stream);
 void softmax_bwd(const SoftmaxBwd& a, cudaStream_t stream);
-
-struct GeluFwd {
-  Rows x;            // (M, N)
-  const void* bias;  // (N,), or null
-  void* y;           // (M, N), contiguous
-  int64_t M, N;
-  Dtype dtype;       // of x and y
-  Dtype bias_dtype;  // dtype, or fp32
-  bool tanh;         // the approximation
-};
-
-struct GeluBwd {
-  Rows dy;  // (M, N)
-  Rows x;   // (M, N)
-  const void* bias;
-  void* dx;        // (M, N), contiguous
-  void* dbias;     // (N,), untouched where there is no bias
-  float* partial;  // (row_blocks(M), N): each block's share of dbias
-  int64_t M, N;
-  Dtype dtype;
-  Dtype bias_dtype;  // of bias and dbias
-  bool tanh;
-};
 
 void gelu_fwd(const GeluFwd& a, cudaStream_t stream);
 void gelu_bwd(const GeluBwd& a, cudaStream_t stream);
