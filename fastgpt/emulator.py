@@ -32,7 +32,7 @@ ORDERS = ("in_order", "reversed", "random", "skewed")
 COPIES = ("eager", "lazy")
 
 # -fno-strict-aliasing: a kernel reads memory as whatever it has the vector of, as CUDA lets it.
-# -ffp-contract=off: __fmul_rn is a product that is rounded, also on processors that could fuse it with an addition.
+# -ffp-contract=off: the same bits on processors that could fuse a product with an addition, as nvcc would.
 _FLAGS = ["-O2", "-DFASTGPT_EMULATE", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 
 

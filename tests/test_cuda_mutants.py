@@ -37,13 +37,16 @@ def code(line: str) -> str:
     return line.partition("//")[0]
 
 
-def places() -> Iterator[tuple[str, int]]:
+def places() -> list[tuple[str, int]]:
     """File and line of each wait in the kernels' sources."""
-    for path in sorted(FOLDER.iterdir()):
-        if path.name != "prims.cuh":  # which defines them
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                if WAIT.search(code(line)):
-                    yield path.name, number
+    sources = {path.name: path.read_text().splitlines() for path in sorted(FOLDER.iterdir())}
+    del sources["prims.cuh"]  # which defines them
+    return [
+        (file, number)
+        for file, lines in sources.items()
+        for number, line in enumerate(lines, 1)
+        if WAIT.search(code(line))
+    ]
 
 
 def comment_at(file: str, number: int) -> str:

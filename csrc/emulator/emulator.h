@@ -183,7 +183,10 @@ inline int __all_sync(unsigned mask, int predicate, FASTGPT_SITE) {
 }
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
-inline float __fmul_rn(float a, float b) { return a * b; }  // -ffp-contract=off keeps it apart from an addition
+inline float __fmul_rn(float a, float b) {
+  volatile float product = a * b;  // so that no compiler fuses it with an addition
+  return product;
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
