@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test test-full wheel sanitize kernel-table cuda-table bench-cpu lint format gpu-check clean
+.PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench-cpu lint format gpu-check clean
 
 train: $(VENV)/built
 	$(BIN)/fastgpt train $(ARGS)
@@ -26,6 +26,11 @@ wheel: $(VENV)/installed
 # The C++ kernels with ASan and UBSan in them, held to all of their tests on each instruction set of this processor.
 sanitize: $(VENV)/installed
 	BIN=$(CURDIR)/$(BIN) tests/sanitize.sh $(ARGS)
+
+# The CUDA kernels in the emulator: with ASan and UBSan held to all of their tests, and driven under ThreadSanitizer.
+sanitize-cuda: $(VENV)/installed
+	BIN=$(CURDIR)/$(BIN) tests/sanitize_cuda.sh $(ARGS)
+	$(BIN)/python tests/tsan.py
 
 # What the Triton kernels compile to, into docs/kernels.md: three chips, no GPU, a few minutes.
 kernel-table: $(VENV)/installed

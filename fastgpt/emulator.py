@@ -30,6 +30,7 @@ from fastgpt import extension, kernel_ops
 
 ORDERS = ("in_order", "reversed", "random", "skewed")
 COPIES = ("eager", "lazy")
+_USUAL_HOME = "/usr/local/cuda"
 
 # -fno-strict-aliasing: a kernel reads memory as whatever it has the vector of, as CUDA lets it.
 # -ffp-contract=off: the same bits on processors that could fuse a product with an addition, as nvcc would.
@@ -65,7 +66,7 @@ def missing() -> str | None:
 
 def headers() -> list[Path]:
     """The folder of CUDA's headers: a toolkit's, else that of NVIDIA's wheels, else none."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _home_of_nvcc(), "/usr/local/cuda"]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _home_of_nvcc(), _USUAL_HOME]
     spec = importlib.util.find_spec("nvidia")
     wheels = (spec.submodule_search_locations or []) if spec else []
     needed = ("cuda_runtime_api.h", "cuda_bf16.h", "crt/host_defines.h", "nv/target")
@@ -119,10 +120,12 @@ def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> 
         raise RuntimeError(reason)
     compiler, flags = _compiler(), [*_FLAGS, *shlex.split(os.environ.get("FASTGPT_EMULATE_CFLAGS", ""))]
     # By all that goes into it, so that two checkouts, or two versions of torch, do not take turns in building.
-    inputs = (sys.prefix, torch.__version__, compiler, flags, headers(), sorted(map(str, sources)), libraries)
+    folders = sorted({str(path.parent) for path in sources})
+    inputs = (sys.prefix, torch.__version__, compiler, flags, headers(), folders, libraries)
     key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
     folder = _cache() / f"py{sys.version_info.major}{sys.version_info.minor}_{name}_{key}"
-    environment = {"PATH": _path(), "CXX": compiler, "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    # A sanitizer that is preloaded for the kernels is not for their compiler.
+    environment = {"PATH": _path(), "CXX": compiler, "TORCH_DONT_CHECK_COMPILER_ABI": "1", "LD_PRELOAD": ""}
     with _locked(folder), _environment(environment):
         from torch.utils import cpp_extension  # takes 0.3 s, which only those who emulate pay
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import cuda_kernels
@@ -291,6 +294,17 @@ def test_the_counters_name_the_kernels(kernels: ModuleType) -> None:
     assert list(counters) == ["read_after_write"]
     found = counters["read_after_write"]
     assert (found.launches, found.blocks, found.barriers, found.shared_accesses) == (2, 8, 8, 8 * 64 * 2)
+
+
+@pytest.mark.skipif("-fsanitize=address" not in os.environ.get("FASTGPT_EMULATE_CFLAGS", ""), reason="needs ASan")
+def test_what_asan_says_of_global_memory_beyond_its_end() -> None:
+    """`make sanitize-cuda` runs this. The report ends the process, which therefore is another one."""
+    code = "import torch, cuda_kernels; cuda_kernels.load().fault({!r}, True, torch.zeros(1024).data_ptr())"
+    command = [sys.executable, "-c", code.format("global_beyond_its_end")]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ERROR: AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stderr
+    assert place("FAULT", "global_beyond_its_end") in done.stderr
 
 
 @pytest.mark.parametrize(

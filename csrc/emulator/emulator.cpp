@@ -1026,6 +1026,11 @@ void check_shared(const void* p, size_t bytes, Access access, const char* name, 
   if (block.settings.count_banks) block.note_request(p, bytes, id_of(site));
 }
 
+void check_matrix_row(const void* row, const char* name, Site site) {
+  const Unseen unseen;
+  self().block->check(row, 16, Access::read, name, site);
+}
+
 void check_global(const void* p, size_t bytes, const char* name, Site site) {
   if (p == nullptr) fail(site, "%s: the address is null", name);
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {

@@ -62,7 +62,7 @@ struct MatrixWords {
 template <bool kTransposed, class T>
 FASTGPT_UNSEEN void ldmatrix(uint32_t (&out)[4], Shared<T> row, const char* name, emulator::Site site) {
   static_assert(sizeof(T) == 2);
-  emulator::check_shared(row.address(), 16, Access::read, name, site);
+  emulator::check_matrix_row(row.address(), name, site);
   MatrixRow mine{row.address(), {}};
   memcpy(mine.at, row.address(), 16);
   const auto words = emulator::collective<MatrixWords>(
