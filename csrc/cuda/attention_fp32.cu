@@ -207,6 +207,7 @@ __global__ void __launch_bounds__(kThreads) attention_fwd_fp32_kernel(AttentionF
 #pragma unroll
   for (int r = 0; r < kR; ++r) largest[r] = -kInfinity;
   load_rows<Shape>(q_rows, q, start_m, Shape::kRows);
+  cp_async_commit();
   for (int start_n = 0; start_n <= end; start_n += Shape::kColumns) {
     __syncthreads();  // the tile before has been used
     load_rows<Shape>(k_rows, k, start_n, Shape::kColumns);
@@ -364,6 +365,7 @@ __global__ void __launch_bounds__(kThreads) attention_bwd_dq_fp32_kernel(Attenti
   }
   load_rows<Shape>(q_rows, q, start_m, Shape::kRows);
   load_rows<Shape>(dout_rows, dout, start_m, Shape::kRows);
+  cp_async_commit();
   for (int start_n = 0; start_n <= end; start_n += Shape::kColumns) {
     __syncthreads();  // the tile before has been used
     load_rows<Shape>(k_rows, k, start_n, Shape::kColumns);
