@@ -115,10 +115,15 @@ def test_queries_that_see_one_key_give_it_no_gradient(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize(("dtype", "D"), [(BF16, 64), (F16, 128), (BF16, 160), (F32, 64), (F32, 100), (F32, 160)])
 def test_long_sequences_obey_the_error_rule(dtype: torch.dtype, D: int) -> None:
-    """More than a tile of queries and keys, and a second one that is not whole."""
+    """More than a tile of queries and keys, the last not whole, and a diagonal that begins and ends tiles by one."""
     seed = torch.tensor([6], device=DEVICE)
-    check(ops.attention, "cuda", peer, heads(1, 1, 67, 140, D, dtype=dtype), dropout_p=0.2, seed=seed)
+    check(ops.attention, "cuda", peer, heads(1, 1, 130, 131, D, dtype=dtype), dropout_p=0.2, seed=seed)
     check(ops.attention, "cuda", peer, heads(1, 2, 131, 67, D, dtype=dtype), is_causal=False, scale=-0.1)
+
+
+@pytest.mark.parametrize(("dtype", "D"), [(BF16, 64), (BF16, 256), (F32, 64)])
+def test_blocks_of_queries_that_see_no_key(dtype: torch.dtype, D: int) -> None:
+    check(ops.attention, "cuda", peer, heads(1, 1, 270, 5, D, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])

@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(DqShape<kHeaddim>::kThreads) attention_bwd_dq_
   const Visible visible(a.shape, a.seqlens_k, at.b, a.is_causal);
   const HeadRows<T> q(a.q, at, seqlen_q, a.shape.D, vectors), dout(a.dout, at, seqlen_q, a.shape.D, vectors);
   const HeadRows<T> k(a.k, at, visible.keys(), a.shape.D, vectors), v(a.v, at, visible.keys(), a.shape.D, vectors);
-  const int tiles = (visible.last(min(start_m + kBlockM, seqlen_q) - 1) + kBlockN) / kBlockN;
+  const int tiles = max(0, visible.last(min(start_m + kBlockM, seqlen_q) - 1) + kBlockN) / kBlockN;
 
   const int warp_row = warp_id() * 16 * kM, first_row = start_m + warp_row, g = lane_id() / 4, t = lane_id() % 4;
   const int all_see = visible.last(first_row), some_see = visible.last(first_row + 16 * kM - 1);
