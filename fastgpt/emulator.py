@@ -118,6 +118,7 @@ def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> 
     reason = missing()
     if reason is not None:
         raise RuntimeError(reason)
+    sources = sorted(path.resolve() for path in sources)
     compiler, flags = _compiler(), [*_FLAGS, *shlex.split(os.environ.get("FASTGPT_EMULATE_CFLAGS", ""))]
     # By all that goes into it, so that two checkouts, or two versions of torch, do not take turns in building.
     folders = sorted({str(path.parent) for path in sources})
@@ -135,7 +136,7 @@ def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> 
         try:
             return cpp_extension.load(
                 name=name,
-                sources=[str(_as_cpp(path, folder)) for path in sorted(sources)],
+                sources=[str(_as_cpp(path, folder)) for path in sources],
                 extra_cflags=flags,
                 extra_ldflags=[*libraries, *(flag for flag in flags if flag.startswith("-fsanitize"))],
                 extra_include_paths=[str(path) for path in headers()],
@@ -143,10 +144,11 @@ def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> 
                 with_cuda=False,
             )
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # else torch would take it for built
             raise RuntimeError(
                 f"{name}, for the emulator of FASTGPT_EMULATE=1, could not be built with {compiler}, in {folder}:\n"
                 f"{error}"
-            ) from error
+            ) from None
 
 
 _stand_ins: torch.library.Library | None = None
