@@ -141,11 +141,12 @@ def _gpu_error(index: int) -> str | None:
     this = f"this is a {torch.cuda.get_device_name(index)} ({'.'.join(map(str, capability))})"
     if capability < (8, 0):
         return f"it needs compute capability 8.0 or later, and {this}"
-    error = _text(cuda.functions.fastgpt_cuda_error, index)
+    with torch.cuda.device(index):  # which makes no context on the GPU that was current before
+        error = _text(cuda.functions.fastgpt_cuda_error)
     return f"CUDA cannot run its kernels ({error}), and {this}" if error else None
 
 
-def _text(function: Any, *args: int) -> str | None:
+def _text(function: Any) -> str | None:
     function.restype = ctypes.c_char_p
-    text = function(*args)
+    text = function()
     return None if text is None else text.decode()

@@ -86,7 +86,7 @@ for op in ops:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgpt_cuda::{op}", "CUDA"), op
 error = ctypes.CDLL(library).fastgpt_cuda_error
 error.restype = ctypes.c_char_p
-print(error(0))
+print(error())
 """
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,10 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     monkeypatch.setattr(extension.cuda, "path", tmp_path / "_cuda.abi3.so")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    build(extension.cuda.path, 'extern "C" const char* fastgpt_cuda_error(int i) { return i ? "no kernel" : nullptr; }')
+    build(
+        extension.cuda.path,
+        'extern "C" { int gpu; const char* fastgpt_cuda_error() { return gpu ? "no kernel" : nullptr; } }',
+    )
     return extension.cuda
 
 
@@ -72,6 +77,13 @@ def test_no_gpu_is_there(library: Library, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_gpu_cannot_run_it(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "functions", ctypes.CDLL(str(library.path)))
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        ctypes.c_int.in_dll(library.functions, "gpu").value = index
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4" if index < 0 else "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5) if index < 0 else (9, 0))
     error = extension._gpu_error.__wrapped__
@@ -93,6 +105,13 @@ def test_explain_and_errors_say_that_the_gpu_cannot_run_it(monkeypatch: pytest.M
 @pytest.mark.filterwarnings("error:Dynamo detected")
 def test_gpu_error_is_a_constant_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        ctypes.c_int.in_dll(library.functions, "gpu").value = index
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
     extension._gpu_error.cache_clear()
     try:

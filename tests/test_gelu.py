@@ -68,6 +68,17 @@ def test_far_from_zero_it_is_the_identity_or_zero(backend: str, approximate: str
     torch.testing.assert_close(x.grad[[0, 1, 4]].cpu(), torch.tensor([1.0, 0.0, 0.5]))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_nan_stays_nan(backend: str, dtype: torch.dtype, approximate: str) -> None:
+    x = torch.tensor([1.0, float("nan"), -1.0], device=DEVICE, dtype=dtype, requires_grad=True)
+    y = ops.gelu(x, approximate=approximate, backend=backend)
+    y.sum().backward()
+    assert y.isnan().tolist() == [False, True, False]
+    assert x.grad.isnan().tolist() == [False, True, False]
+
+
 def test_the_two_approximations_differ() -> None:
     x = torch.tensor([2.0], dtype=torch.float64)
     exact, tanh = (ops.gelu(x, approximate=name, backend="reference").item() for name in ("none", "tanh"))

@@ -65,7 +65,7 @@ void adamw(const Adamw& a, cudaStream_t stream) {
     return std::array<ListedTensor, 4>{item.param, item.grad, item.exp_avg, item.exp_avg_sq};
   };
   for_each_chunk<4>(a.items, a.count, tensors, [&](const Chunk<4>& chunk) {
-    launch<adamw_kernel>(dim3(static_cast<unsigned>(chunk.blocks)), dim3(kListThreads), 0, stream, chunk, numbers);
+    launch<adamw_kernel>(grid_of(chunk.blocks), dim3(kListThreads), 0, stream, chunk, numbers);
   });
 }
 

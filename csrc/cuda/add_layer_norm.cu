@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kRowThreads) add_layer_norm_fwd_kernel(AddLaye
   });
   const auto get = [&](float (&v)[kCount], int i, int64_t c, int64_t left) { total.get(v, i, c, left); };
   const Moments moments = row_moments<kItems, kCount>(a.N, sum, reduce, get);
-  const float rstd = rsqrtf(moments.variance + a.eps);
+  const float rstd = 1.0f / sqrtf(moments.variance + a.eps);
   normalize_row<kItems, kCount>(static_cast<T*>(a.y) + m * a.N, a.N, get, moments.mean, rstd,
                                 Parameter<T>(a.weight, a.weight_dtype), Parameter<T>(a.bias, a.weight_dtype), vectors);
   if (threadIdx.x == 0) {
@@ -153,7 +153,7 @@ void add_layer_norm_bwd(const AddLayerNormBwd& a, cudaStream_t stream) {
     using T = decltype(x);
     using S = decltype(residual);
     with_row_blocks<S>(a.N, [&](const RowBlocks& blocks, auto items) {
-      launch<add_layer_norm_bwd_kernel<T, S, items()>>(dim3(static_cast<unsigned>(row_blocks(a.M))), blocks.block,
+      launch<add_layer_norm_bwd_kernel<T, S, items()>>(grid_of(row_blocks(a.M)), blocks.block,
                                                        column_sums_bytes<S>(blocks), stream, a, vectors);
     });
   });

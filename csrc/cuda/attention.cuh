@@ -53,7 +53,7 @@ struct Place {
 };
 
 inline dim3 attention_grid(const AttentionShape& s, int64_t rows, int64_t rows_of_block) {
-  return dim3(static_cast<unsigned>(s.B * s.H * ((rows + rows_of_block - 1) / rows_of_block)));
+  return grid_of(s.B * s.H * ((rows + rows_of_block - 1) / rows_of_block));
 }
 
 // The (rows, headdim) matrix of one head.

@@ -123,8 +123,10 @@ __global__ void __launch_bounds__(FwdShape<kHeaddim>::kThreads) attention_fwd_ke
         now = fmaxf(now, __shfl_xor_sync(kFullMask, now, 1));
         now = fmaxf(now, __shfl_xor_sync(kFullMask, now, 2));
         // A query that has seen nothing yet has no largest score, and -inf - -inf is NaN.
-        const float offset = now == -kInfinity ? 0.0f : now * scale;
-        const float correction = fast_exp2(largest[m][h] * scale - offset);
+        const float top = now == -kInfinity ? 0.0f : now, offset = top * scale;
+        // Exactly 1 where no score is larger: the rounding of a fused largest * scale - offset would add up, tile by
+        // tile.
+        const float correction = fast_exp2((largest[m][h] - top) * scale);
         largest[m][h] = now;
         sum[m][h] *= correction;
 #pragma unroll

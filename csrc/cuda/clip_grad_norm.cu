@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kListThreads)
 
 void clip_grad_norm(const ClipGradNorm& a, cudaStream_t stream) {
   static_assert(sizeof(Chunk<1>) + 64 <= kMaxArguments);
-  const dim3 grid(static_cast<unsigned>(clip_programs(a.blocks))), block(kListThreads);
+  const dim3 grid = grid_of(clip_programs(a.blocks)), block(kListThreads);
   const auto tensors = [](const ClipItem& item) { return std::array<ListedTensor, 1>{item.grad}; };
   bool first = true;
   for_each_chunk<1>(a.items, a.count, tensors, [&](const Chunk<1>& chunk) {

@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kWarpSize* kColumnLines)
 template <class T>
 void column_sum(const float* partial, int64_t lines, int64_t N, T* out, T* out2, cudaStream_t stream) {
   const int64_t columns = out2 == nullptr ? N : 2 * N;
-  launch<column_sum_kernel<T>>(dim3(static_cast<unsigned>((columns + kWarpSize - 1) / kWarpSize)),
-                               dim3(kWarpSize, kColumnLines), 0, stream, partial, lines, columns, out, out2, N);
+  launch<column_sum_kernel<T>>(grid_of((columns + kWarpSize - 1) / kWarpSize), dim3(kWarpSize, kColumnLines), 0, stream,
+                               partial, lines, columns, out, out2, N);
 }
 
 }  // namespace fastgpt::cuda

@@ -261,11 +261,9 @@ void cross_entropy_fwd(const CrossEntropyFwd& a, cudaStream_t stream) {
       if constexpr (items() > 0) {
         launch<cross_entropy_fwd_kernel<T, Home::registers>>(blocks.grid(a.M), blocks.block, 0, stream, a);
       } else if (held <= kMostShared) {
-        launch<cross_entropy_fwd_kernel<T, Home::shared>>(dim3(static_cast<unsigned>(a.M)),
-                                                          dim3(kThreads<Home::shared>), held, stream, a);
+        launch<cross_entropy_fwd_kernel<T, Home::shared>>(grid_of(a.M), dim3(kThreads<Home::shared>), held, stream, a);
       } else {
-        launch<cross_entropy_fwd_kernel<T, Home::memory>>(dim3(static_cast<unsigned>(a.M)),
-                                                          dim3(kThreads<Home::memory>), 0, stream, a);
+        launch<cross_entropy_fwd_kernel<T, Home::memory>>(grid_of(a.M), dim3(kThreads<Home::memory>), 0, stream, a);
       }
     });
   });

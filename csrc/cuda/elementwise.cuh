@@ -20,8 +20,7 @@ FASTGPT_PRIM void for_my_elements(int64_t n, F f) {
 template <auto kKernel, class T, class... Args>
 void launch_elementwise(int64_t n, cudaStream_t stream, const Args&... args) {
   constexpr int64_t kAtOnce = kElementwiseThreads * kVecSize<T>;
-  launch<kKernel>(dim3(static_cast<unsigned>((n + kAtOnce - 1) / kAtOnce)), dim3(kElementwiseThreads), 0, stream,
-                  args...);
+  launch<kKernel>(grid_of((n + kAtOnce - 1) / kAtOnce), dim3(kElementwiseThreads), 0, stream, args...);
 }
 
 // Whether this pointer can be read 16 bytes at a time.

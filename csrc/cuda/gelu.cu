@@ -23,6 +23,10 @@ constexpr bool kIsHalf = !std::is_same_v<T, float>;
 // Beyond this, GELU is z or 0 in fp32, and its slope 1 or 0.
 constexpr float kFar = 14.5f;
 
+// z where it is below, or above, the bound, else that. fminf and fmaxf would make a number of a NaN.
+FASTGPT_PRIM float below(float bound, float z) { return z > bound ? bound : z; }
+FASTGPT_PRIM float above(float bound, float z) { return z < bound ? bound : z; }
+
 template <class T>
 FASTGPT_PRIM float quotient(float a, float b) {
   if constexpr (kIsHalf<T>) {
@@ -38,7 +42,7 @@ struct Exact {
     if constexpr (kIsHalf<T>) {
       // max(z, 0) - t * Phi(-t) for t = |z|, with Phi(-t) as 2 to the power of a polynomial, fitted to 2^-18 in that
       // product; far from zero, where that is little, to 2% of it.
-      const float t = fminf(kFar, fabsf(z));
+      const float t = below(kFar, fabsf(z));
       float p = t * -0x1.6089a6p-21f + 0x1.15caa2p-15f;
       p = p * t + -0x1.6427ep-11f;
       p = p * t + 0x1.ed5e78p-8f;
@@ -46,7 +50,7 @@ struct Exact {
       p = p * t + -0x1.d6e02p-2f;
       p = p * t + -0x1.269f8ep+0f;
       p = p * t + -0x1.0000bcp+0f;
-      return fmaxf(0.0f, z) - t * fast_exp2(p);
+      return above(0.0f, z) - t * fast_exp2(p);
     } else {
       return 0.5f * z * (1.0f + erff(z * 0.7071067811865476f));
     }
@@ -55,7 +59,7 @@ struct Exact {
   // Phi(z) + z * phi(z), for dbias in full precision whatever T is. Phi(-t) over exp(-t^2 / 2), which the slope needs
   // too, is a polynomial of 1 / (1 + 0.3 t), with a relative error below that of exp(-t^2 / 2).
   static FASTGPT_PRIM float slope(float z) {
-    z = fminf(kFar, fmaxf(-kFar, z));
+    z = below(kFar, above(-kFar, z));
     const float density = exponential<T>(z * z * -0.5f), s = quotient<T>(1.0f, fabsf(z) * 0.3f + 1.0f);
     float p = s * 0x1.26ad8cp-5f + -0x1.4368e8p-3f;
     p = p * s + 0x1.a6f698p-3f;
@@ -75,11 +79,11 @@ struct Tanh {
   static constexpr float kTwiceSqrt2OverPi = 1.5957691216057308f;
   static constexpr float kCubic = 0.044715f;
 
-  static FASTGPT_PRIM float value(float z) { return quotient<T>(fmaxf(-kFar, z), 1.0f + exp_minus_2u(z)); }
+  static FASTGPT_PRIM float value(float z) { return quotient<T>(above(-kFar, z), 1.0f + exp_minus_2u(z)); }
 
   // s + z * s * (1 - s) * 2 u'
   static FASTGPT_PRIM float slope(float z) {
-    z = fminf(10.0f, fmaxf(-10.0f, z));  // below, e would be infinite
+    z = below(10.0f, above(-10.0f, z));  // below, e would be infinite
     const float e = exp_minus_2u(z), s = quotient<T>(1.0f, 1.0f + e);
     return s + z * (s * (e * s)) * (z * z * (3.0f * kCubic * kTwiceSqrt2OverPi) + kTwiceSqrt2OverPi);
   }
@@ -103,7 +107,7 @@ struct Tiles {
     return {dim3(threads, kRowThreads / threads), columns, (N + columns - 1) / columns};
   }
 
-  dim3 grid(int64_t blocks_down) const { return dim3(static_cast<unsigned>(blocks_down * across)); }
+  dim3 grid(int64_t blocks_down) const { return grid_of(blocks_down * across); }
 };
 
 // The part of the rows that this block works on.

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kRowThreads) layer_norm_fwd_kernel(LayerNormFw
   const Row<T, kItems> x(static_cast<const T*>(a.x.data) + m * a.x.stride, a.N, vectors);
   const auto get = [&](float (&v)[kCount], int i, int64_t c, int64_t left) { x.get(v, i, c, left); };
   const Moments moments = row_moments<kItems, kCount>(a.N, reduce, get);
-  const float rstd = rsqrtf(moments.variance + a.eps);
+  const float rstd = 1.0f / sqrtf(moments.variance + a.eps);
   normalize_row<kItems, kCount>(static_cast<T*>(a.y) + m * a.N, a.N, get, moments.mean, rstd,
                                 Parameter<T>(a.weight, a.weight_dtype), Parameter<T>(a.bias, a.weight_dtype), vectors);
   if (threadIdx.x == 0) {
@@ -69,8 +69,8 @@ void layer_norm_bwd(const LayerNormBwd& a, cudaStream_t stream) {
   with_dtype(a.dtype, [&](auto x) {
     using T = decltype(x);
     with_row_blocks<T>(a.N, [&](const RowBlocks& blocks, auto items) {
-      launch<layer_norm_bwd_kernel<T, items()>>(dim3(static_cast<unsigned>(row_blocks(a.M))), blocks.block,
-                                                column_sums_bytes<T>(blocks), stream, a, vectors);
+      launch<layer_norm_bwd_kernel<T, items()>>(grid_of(row_blocks(a.M)), blocks.block, column_sums_bytes<T>(blocks),
+                                                stream, a, vectors);
     });
   });
   with_dtype(a.weight_dtype, [&](auto p) {

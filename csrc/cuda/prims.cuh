@@ -8,13 +8,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <stdexcept>
+#include <atomic>
 #include <string>
 #define FASTGPT_PRIM __device__ __forceinline__
 #else
@@ -196,19 +197,39 @@ FASTGPT_PRIM float fast_exp2(float x) {
   return y;
 }
 
+// Lets a kernel have all the dynamic shared memory of the current device, where by itself it has 48 KB less what it
+// declares. Once for each device, and never less again: the limit is the kernel's, not a launch's, and another thread's
+// launch may lie between.
+template <auto kKernel>
+cudaError_t lift_shared_limit() {
+  static std::atomic<uint64_t> lifted{0};
+  int device = 0, most = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (lifted & bit) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kKernel)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {
+    return error;
+  }
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  if (const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) {
+    return error;
+  }
+  lifted |= bit;
+  return cudaSuccess;
+}
+
 // launch<kernel>(grid, block, shared_bytes, stream, args...): one block at least, or nothing happens.
 // Throws std::runtime_error where the GPU refuses.
 template <auto kKernel, class... Args>
 void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024) {  // beyond this a kernel has to ask for it
-    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  }
-  if (error == cudaSuccess) {
-    kKernel<<<grid, block, shared_bytes, stream>>>(args...);
-    error = cudaGetLastError();
-  }
+  cudaError_t error = shared_bytes > 32 * 1024 ? lift_shared_limit<kKernel>() : cudaSuccess;
+  if (error == cudaSuccess) kKernel<<<grid, block, shared_bytes, stream>>>(args...);
+  const cudaError_t last =
+      cudaGetLastError();  // also where the launch did not come about: the next one must not find it
+  if (error == cudaSuccess) error = last;
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("fastgpt: a CUDA kernel could not be launched: ") + cudaGetErrorString(error));
   }
@@ -221,6 +242,12 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, con
 #endif
 
 namespace fastgpt::cuda {
+
+// A grid of that many blocks, along x: the other dimensions end at 65535.
+inline dim3 grid_of(int64_t blocks) {
+  if (blocks > INT32_MAX) throw std::runtime_error("fastgpt: a tensor is too large for a CUDA kernel's grid");
+  return dim3(static_cast<unsigned>(blocks));
+}
 
 FASTGPT_PRIM int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 FASTGPT_PRIM int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }

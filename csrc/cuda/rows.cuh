@@ -141,7 +141,7 @@ class RowReduction {
 struct RowBlocks {
   dim3 block;  // (threads of a row, rows)
 
-  dim3 grid(int64_t M) const { return dim3(static_cast<unsigned>((M + block.y - 1) / block.y)); }
+  dim3 grid(int64_t M) const { return grid_of((M + block.y - 1) / block.y); }
 };
 
 // Calls f(blocks, items) for rows of N elements of T; items() is the constant kItems.

@@ -8,16 +8,10 @@ __global__ void probe_kernel() {}
 
 }  // namespace
 
-// Why they cannot, or null; `device` is the GPU's number.
-extern "C" __attribute__((visibility("default"))) const char* fastgpt_cuda_error(int device) {
-  int before = 0;
+// Why the current GPU cannot, or null.
+extern "C" __attribute__((visibility("default"))) const char* fastgpt_cuda_error() {
   cudaFuncAttributes attributes;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess) {
-    error = cudaFuncGetAttributes(&attributes, probe_kernel);
-    cudaSetDevice(before);
-  }
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
   cudaGetLastError();  // an error that is told here is not to be found again by the next launch
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
