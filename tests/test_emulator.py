@@ -299,7 +299,7 @@ def test_the_counters_name_the_kernels(kernels: ModuleType) -> None:
 @pytest.mark.skipif("-fsanitize=address" not in os.environ.get("FASTGPT_EMULATE_CFLAGS", ""), reason="needs ASan")
 def test_what_asan_says_of_global_memory_beyond_its_end() -> None:
     """`make sanitize-cuda` runs this. The report ends the process, which therefore is another one."""
-    code = "import torch, cuda_kernels; cuda_kernels.load().fault({!r}, True, torch.zeros(1024).data_ptr())"
+    code = "import torch, cuda_kernels; x = torch.zeros(1024); cuda_kernels.load().fault({!r}, True, x.data_ptr())"
     command = [sys.executable, "-c", code.format("global_beyond_its_end")]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode != 0

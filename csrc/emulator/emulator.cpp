@@ -929,7 +929,7 @@ void throw_error(const Fiber& fiber, Site site, const std::string& what) {
 std::mutex state_mutex;
 Settings current_settings;
 std::map<std::string, Counters> kernel_counters;
-std::vector<std::unique_ptr<Block>> idle_blocks;
+auto& idle_blocks = *new std::vector<std::unique_ptr<Block>>;  // the process's end frees them
 
 std::unique_ptr<Block> take_block() {
   std::lock_guard<std::mutex> lock(state_mutex);
