@@ -416,7 +416,7 @@ def _register_cuda() -> None:
         mark_absent("cuda", missing if emulating else missing + _EMULATOR_HINT)
         return
     if emulating:
-        emulator.load_with_first_op()
+        emulator.register_ops()
     limits = {"attention": _head_size_limit, "attention_qkvpacked": _head_size_limit}
     for op in OPS:
         fn, limit = _on_extension(op, extension.cuda), limits.get(op)

@@ -19,7 +19,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,20 +39,19 @@ _FLAGS = ["-O2", "-DFASTGPT_EMULATE", "-fno-strict-aliasing", "-ffp-contract=off
 
 
 def requested() -> bool:
-    """Whether FASTGPT_EMULATE asks for it.
-
-    Raises:
-        ValueError: FASTGPT_EMULATE is neither "0" nor "1".
-    """
-    choice = os.environ.get("FASTGPT_EMULATE", "0")
-    if choice not in ("", "0", "1"):
-        raise ValueError(f"FASTGPT_EMULATE must be 0 or 1, got {choice!r}")
-    return choice == "1"
+    """Whether FASTGPT_EMULATE asks for it; ``missing`` says so where it is neither "0" nor "1"."""
+    return os.environ.get("FASTGPT_EMULATE", "") not in ("", "0")
 
 
 def missing() -> str | None:
     """Why it cannot be built here, in one sentence, or None. Builds nothing."""
-    compiler = shlex.split(_compiler())[0]
+    try:
+        _require("FASTGPT_EMULATE", os.environ.get("FASTGPT_EMULATE") or "0", ("0", "1"))
+        _schedule_from_environment()
+        _words("FASTGPT_EMULATE_CFLAGS")
+        compiler = (_words("CXX") or ["c++"])[0]
+    except ValueError as error:
+        return str(error)
     if shutil.which(compiler) is None:
         return f"the emulator of FASTGPT_EMULATE=1 needs a C++ compiler, and there is no {compiler}"
     if shutil.which("ninja", path=_path()) is None:
@@ -76,29 +76,29 @@ def headers() -> list[Path]:
     return []
 
 
-@functools.cache
 def load() -> ModuleType:
     """The emulator's module, built if it has to be; its kernels are registered with torch's dispatcher.
 
     Raises:
-        ValueError: a variable FASTGPT_EMULATE_* that says nothing.
         RuntimeError: it cannot be built, with the compiler's words.
     """
-    settings = _schedule_from_environment()
+    with _loading:  # other threads wait, and find it loaded
+        return _load()
+
+
+_loading = threading.Lock()
+
+
+@functools.cache
+def _load() -> ModuleType:
     csrc = extension.source_folder()
     sources = [
         *(csrc / "cuda").glob("*.cu"),
         *(csrc / "bindings/cuda").glob("*.cpp"),
         *(csrc / "emulator").glob("*.cpp"),
     ]
-    if _stand_ins is not None:
-        _stand_ins._destroy()  # the module that comes registers the ops themselves
-    try:
-        module = build("fastgpt_emulator", sources)
-    except BaseException:
-        load_with_first_op()
-        raise
-    _configure(module, **settings)
+    module = build("fastgpt_emulator", sources)
+    _configure(module, **_schedule_from_environment())
     return module
 
 
@@ -119,7 +119,7 @@ def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> 
     if reason is not None:
         raise RuntimeError(reason)
     sources = sorted(path.resolve() for path in sources)
-    compiler, flags = _compiler(), [*_FLAGS, *shlex.split(os.environ.get("FASTGPT_EMULATE_CFLAGS", ""))]
+    compiler, flags = _compiler(), [*_FLAGS, *_words("FASTGPT_EMULATE_CFLAGS")]
     # By all that goes into it, so that two checkouts, or two versions of torch, do not take turns in building.
     folders = sorted({str(path.parent) for path in sources})
     inputs = (sys.prefix, torch.__version__, compiler, flags, headers(), folders, libraries)
@@ -151,23 +151,29 @@ def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> 
             ) from None
 
 
-_stand_ins: torch.library.Library | None = None
+NAMESPACE = "fastgpt_emulated"  # of the ops that the module registers
 
 
-def load_with_first_op() -> None:
-    """Put stand-ins for the emulator's ops on CPU tensors: the first one that runs loads the emulator."""
-    global _stand_ins
-    _stand_ins = torch.library.Library(extension.cuda.namespace, "IMPL")
+@functools.cache
+def register_ops() -> list[torch.library.Library]:
+    """Have CPU tensors take the cuda backend's ops to the emulator's, which the first of them loads.
 
-    def stand_in(name: str) -> Callable[..., Any]:
+    Returns:
+        What is to live as long as the ops.
+    """
+    definitions = kernel_ops.define(NAMESPACE)
+    implementations = torch.library.Library(extension.cuda.namespace, "IMPL")
+
+    def implement(name: str) -> None:
         def run(*args: Any) -> Any:
             load()
-            return extension.cuda.op(name)(*args)
+            return kernel_ops.op(NAMESPACE, name)(*args)
 
-        return run
+        implementations.impl(name, run, "CPU")
 
     for name in kernel_ops.SCHEMAS:
-        _stand_ins.impl(name, stand_in(name), "CPU")
+        implement(name)
+    return [definitions, implementations]
 
 
 @contextlib.contextmanager
@@ -207,6 +213,15 @@ def _configure(
     settings.seed = seed
     settings.count_banks = count_banks
     module.configure(settings)
+
+
+def _words(variable: str) -> list[str]:
+    """The words of an environment variable, as a shell would have them."""
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{variable} must be words for a shell, got {text!r} ({error})") from error
 
 
 def _schedule_from_environment() -> dict[str, Any]:

@@ -30,7 +30,8 @@ def _gelu(z, TANH: tl.constexpr):
 @triton.jit
 def _gelu_derivative(z, TANH: tl.constexpr):
     if TANH:
-        z = tl.minimum(tl.maximum(z, -30.0), 30.0)  # beyond, it is 0 or 1, and z * z might overflow
+        # Beyond, it is 0 or 1, and z * z might overflow.
+        z = tl.clamp(z, -30.0, 30.0, propagate_nan=tl.PropagateNan.ALL)
         s = _sigmoid_2u(z)
         d = s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     else:

@@ -100,6 +100,7 @@ constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kMaxSharedBytes = 227 << 10;  // what sm_90 lets a block have
 constexpr size_t kMaxStaticBytes = 48 << 10;   // of it in arrays, not in what the launch states
 constexpr int kMaxThreads = 1024;
+constexpr unsigned kMostWorkers = 16;  // at a time: the stacks of 16 largest blocks are half of what Linux lets one map
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kBarriers = 16;
 
@@ -384,8 +385,11 @@ struct Block {
     auto fiber = std::make_unique<Fiber>();
     void* memory = mmap(nullptr, kStackBytes + page_size(), PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw Error("the emulator has no memory for the stacks of a block's threads");
-    mprotect(memory, page_size(), PROT_NONE);
+    if (memory == MAP_FAILED || mprotect(memory, page_size(), PROT_NONE) != 0) {
+      throw Error(
+          "the emulator has no memory for the stacks of a block's threads: each takes two of the "
+          "vm.max_map_count mappings that a process may have");
+    }
     fiber->stack = static_cast<char*>(memory) + page_size();
     fiber->block = this;
 #ifdef FASTGPT_TSAN
@@ -950,7 +954,7 @@ void give_back(std::unique_ptr<Block> block) {
   total.copies += more.copies;
   total.shared_accesses += more.shared_accesses;
   total.bank_conflicts += more.bank_conflicts;
-  idle_blocks.push_back(std::move(block));
+  if (idle_blocks.size() < kMostWorkers) idle_blocks.push_back(std::move(block));
 }
 
 // "ns::softmax_fwd_kernel<float>" from "... [with auto kKernel = ns::softmax_fwd_kernel<float>; Args = ...]".
@@ -1092,7 +1096,8 @@ void launch(const char* signature, dim3 grid, dim3 block_size, size_t shared_byt
     for (int64_t i = 0; i < total; ++i) shuffled[static_cast<size_t>(i)] = i;
     std::shuffle(shuffled.begin(), shuffled.end(), std::mt19937_64(now.seed));
   }
-  const int64_t cores = now.workers > 0 ? now.workers : std::max(1u, std::thread::hardware_concurrency());
+  const int64_t cores =
+      now.workers > 0 ? now.workers : std::clamp(std::thread::hardware_concurrency(), 1u, kMostWorkers);
   const int64_t workers = std::min(cores, total);
   std::atomic<int64_t> next{0};
   std::exception_ptr error;

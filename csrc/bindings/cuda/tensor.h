@@ -6,7 +6,7 @@
 #include "../tensor.h"
 
 #ifdef FASTGPT_EMULATE
-#define FASTGPT_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastgpt_cuda, CPU, m)
+#define FASTGPT_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastgpt_emulated, CPU, m)
 #else
 #include <torch/csrc/stable/accelerator.h>
 
