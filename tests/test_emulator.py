@@ -99,7 +99,7 @@ FAULTS = {
     "half_initialised_read": (UNINITIALISED, "(0, 0, 0)"),
     "read_after_write": (UNINITIALISED, "(0, 0, 0)"),
     "write_after_read": (
-        "race: lds reads shared memory that thread 63 wrote at {there}, and no barrier lies between",
+        "race: sts writes shared memory that thread 63 read at {there}, and no barrier lies between",
         "(31, 0, 0)",
     ),
     "write_after_write": (
@@ -141,7 +141,7 @@ FAULTS = {
         "(0, 0, 0)",
     ),
 }
-AT_OTHER = ("write_after_read", "write_after_write", "copy_into_what_is_being_read")
+AT_OTHER = ("write_after_write", "copy_into_what_is_being_read")
 LAUNCHES = {
     "too_much_shared_memory": "232449 bytes of shared memory are more than a block can have (232448)",
     "block_of_no_threads": "a block of (32, 0, 1) threads is not possible",

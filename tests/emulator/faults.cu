@@ -212,9 +212,9 @@ __global__ void write_after_read(bool planted, float*) {
   SHARED(float, array, kThreads);
   sts(array + tid(), 1.0f);
   __syncthreads();
-  lds(array + (tid() + 32) % 64);  // OTHER write_after_read
+  if (tid() >= 32) lds(array + (tid() - 32));  // OTHER write_after_read
   if (!here(planted)) __syncthreads();
-  sts(array + tid(), 2.0f);  // FAULT write_after_read
+  if (tid() < 32) sts(array + tid(), 2.0f);  // FAULT write_after_read
 }
 
 __global__ void write_after_write(bool planted, float*) {
