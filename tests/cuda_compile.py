@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from triton import knobs
 
-from fastgpt import emulator, extension
+from fastgpt import emulator, kernel_ops
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "cuda_compiled"
@@ -212,6 +212,7 @@ def _launch_all(objects: Sequence[str], folder: Path) -> list[Launch]:
     build = folder / "launches"
     build.mkdir(parents=True, exist_ok=True)
     (build / "fastgpt_launches.so").unlink(missing_ok=True)  # ninja does not know that it depends on the object files
+    emulator.register_ops()
     sources = [*sorted(ROOT.glob("csrc/bindings/cuda/*.cpp")), Path(__file__).with_name("cuda_launches.cpp")]
     path = load(
         name="fastgpt_launches",
@@ -224,8 +225,7 @@ def _launch_all(objects: Sequence[str], folder: Path) -> list[Launch]:
         is_python_module=False,
     )
     for name, args in calls():
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{extension.cuda.namespace}::{name}", "CPU"):
-            extension.cuda.op(name)(*args)
+        kernel_ops.op(emulator.NAMESPACE, name)(*args)
     library = ctypes.CDLL(path)
     library.fastgpt_launches.restype = ctypes.c_char_p
     lines = sorted(set(library.fastgpt_launches().decode().splitlines()))
