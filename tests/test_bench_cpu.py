@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import ops, torch_native
+from fastgpt import dispatch, ops, torch_native
 from fastgpt.benchmarks import cpu, machine
 from fastgpt.benchmarks.cpu import OURS, Case
 from fastgpt.benchmarks.machine import OtherWork
@@ -127,12 +127,13 @@ def test_a_short_call_is_repeated_until_the_sample_is_long_enough():
     ("arguments", "reason"),
     [
         (["--rounds", "6"], "--rounds must be at least 7"),
-        (["--backend", "cuda"], "--backend cuda: this version of fastgpt does not include"),
+        (["--backend", "cuda"], "--backend cuda: because of this test"),
         (["--nanogpt", "nowhere"], "there is no model.py in nowhere"),
         (["--only", "attenshun"], "invalid choice: 'attenshun'"),
     ],
 )
-def test_arguments_that_cannot_be_followed(arguments, reason, capsys):
+def test_arguments_that_cannot_be_followed(arguments, reason, capsys, own_table):
+    dispatch.mark_absent("cuda", "because of this test")
     with pytest.raises(SystemExit) as refusal:
         cpu.main(arguments)
     assert refusal.value.code == 2
