@@ -118,6 +118,7 @@ class Toolkit:
     nvcc: str
     ninja: str
     arch_flags: list[str]
+    hopper_flags: list[str]  # for what is written for compute capability 9.0 alone
     include_flags: list[str]
     library_flags: list[str]
 
@@ -135,7 +136,7 @@ def find_toolkit() -> Toolkit:
     # nvcc may be a wrapper or a link: where its headers and libraries are it says itself.
     said = dict(re.findall(r"^#\$ (\w+)=(.*)$", done.stderr, re.MULTILINE))
     include_flags, library_flags = (shlex.split(said.get(key, "")) for key in ("INCLUDES", "LIBRARIES"))
-    return Toolkit(nvcc, ninja, arch_flags, include_flags, library_flags)
+    return Toolkit(nvcc, ninja, arch_flags, find_hopper(nvcc, arch_flags), include_flags, library_flags)
 
 
 def ask(nvcc: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -179,6 +180,13 @@ def find_archs(nvcc: str) -> list[str]:
     if not flags:
         raise Missing(f"it needs compute capability 8.0 or later, and fastgpt was installed with {chosen}")
     return flags
+
+
+def find_hopper(nvcc: str, arch_flags: list[str]) -> list[str]:
+    """nvcc's flags for csrc/cuda/*_sm90.cu, whose instructions no other GPU has; without 9.0 they are left empty."""
+    if not any("compute_90" in flag for flag in arch_flags) or "sm_90a" not in ask(nvcc, "--list-gpu-code").stdout:
+        return arch_flags
+    return ["-gencode=arch=compute_90a,code=sm_90a", "-DFASTGPT_SM90A"]
 
 
 def jobs() -> str:
@@ -271,10 +279,10 @@ class BuildKernels(BuildExtension):
         folder = Path(self.build_temp, "cuda").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         debug = ["-lineinfo"] if self.debug else []
-        command = shlex.join([self.toolkit.nvcc, *CUDA_FLAGS, *self.toolkit.arch_flags, *debug]).replace("$", "$$")
+        command = shlex.join([self.toolkit.nvcc, *CUDA_FLAGS, *debug]).replace("$", "$$")
         lines = [
             "rule nvcc",
-            f"  command = {command} -MD -MF $out.d -c $in -o $out",
+            f"  command = {command} $arch -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
@@ -282,7 +290,8 @@ class BuildKernels(BuildExtension):
         for source in sorted([*Path("csrc/cuda").glob("*.cu"), *Path("csrc/bindings/cuda").glob("*.cu")]):
             objects.append(str(folder / f"{source.stem}.o"))
             inside, outside = (re.sub(r"([$ :])", r"$\1", str(path)) for path in (source.absolute(), objects[-1]))
-            lines.append(f"build {outside}: nvcc {inside}")
+            arch_flags = self.toolkit.hopper_flags if source.stem.endswith("_sm90") else self.toolkit.arch_flags
+            lines += [f"build {outside}: nvcc {inside}", f"  arch = {shlex.join(arch_flags)}"]
         (folder / "build.ninja").write_text("\n".join([*lines, ""]))
         subprocess.run([self.toolkit.ninja, "-C", folder, "-j", jobs()], check=True)
         return objects

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -122,7 +123,8 @@ def compile_kernels(folder: Path) -> list[Path]:
     The library that they are linked to is ``folder``/lib/fastgpt/_cuda.abi3.so.
 
     Raises:
-        RuntimeError: something does not compile, spills registers, or draws a warning; with all that was said.
+        RuntimeError: something does not compile, spills registers, draws a warning, or has wgmma wait where its source
+            does not (the notes C7510 to C7520); with what was said.
     """
     build = folder / "build"
     settings = {name: value for name, value in os.environ.items() if not name.startswith("FASTGPT_")}
@@ -135,8 +137,12 @@ def compile_kernels(folder: Path) -> list[Path]:
     }
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", build]
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    said = done.stdout + done.stderr
     if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
+        raise RuntimeError(said)
+    if notes := re.findall(r"^.*\(C75\d\d\).*$", said, re.MULTILINE):
+        shutil.rmtree(build / "cuda")  # what is compiled already would not be spoken of again
+        raise RuntimeError("\n".join(notes))
     return [build / "cuda" / f"{path.stem}.o" for path in sorted(ROOT.glob("csrc/cuda/*.cu"))]
 
 
@@ -200,10 +206,14 @@ def launches(objects: Sequence[Path], folder: Path) -> set[Launch]:
     """What the launchers in the object files choose, for all of ``calls``; in a process whose ops they are."""
     command = [sys.executable, __file__, "--folder", folder, "--launch", *objects]
     settings = {name: value for name, value in os.environ.items() if not name.startswith("FASTGPT_")}
-    done = subprocess.run(command, env=settings, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
-    return {Launch(**launch) for launch in json.loads(done.stdout.splitlines()[-1])}
+    found: set[Launch] = set()
+    for hopper in ("0", "1"):
+        settings["FASTGPT_HOPPER_ATTENTION"] = hopper
+        done = subprocess.run(command, env=settings, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        found |= {Launch(**launch) for launch in json.loads(done.stdout.splitlines()[-1])}
+    return found
 
 
 def _launch_all(objects: Sequence[str], folder: Path) -> list[Launch]:
@@ -313,7 +323,7 @@ def kernels(folder: Path) -> list[Kernel]:
 
 MARK = "<!-- what follows is written by `make cuda-table` -->"
 _HEADER = """\
-| kernel | variant | threads | registers | shared | warps | tensor cores | ldmatrix | cp.async |
+| kernel | variant | threads | registers | shared | warps | tensor cores | ldmatrix | async copies |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -337,7 +347,9 @@ def document(report: Iterable[Kernel], folder: Path) -> str:
 def _line(kernel: Kernel) -> str:
     machine = kernel.machine
     warps = f"{kernel.resident_warps()} of {CHIPS[kernel.arch].warps}"
-    counts = (machine.count(mnemonic) or "" for mnemonic in ("HMMA", "LDSM", "LDGSTS"))
+    products = machine.count("HMMA") or machine.count("HGMMA")  # of a warp, of a warpgroup
+    copies = machine.count("LDGSTS") or machine.count("UTMALDG")  # of 16 bytes, of a tile
+    counts = (products or "", machine.count("LDSM") or "", copies or "")
     cells = (kernel.name, kernel.variant, kernel.threads, machine.registers, kernel.shared, warps, *counts)
     return f"| {' | '.join(map(str, cells))} |\n"
 

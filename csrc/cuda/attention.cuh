@@ -198,7 +198,8 @@ FASTGPT_PRIM void multiply_transposed(float (&c)[kM][kRows / 8][4], LoadA load_a
       for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
     }
   }
-#pragma unroll 4
+  constexpr int kAtATime = kHeaddim / 16 % 4 == 0 ? 4 : 2;
+#pragma unroll kAtATime
   for (int k = 0; k < kHeaddim / 16; ++k) {
     uint32_t a[kM][4];
 #pragma unroll
@@ -216,6 +217,13 @@ FASTGPT_PRIM void multiply_transposed(float (&c)[kM][kRows / 8][4], LoadA load_a
   }
 }
 
+// Accumulators, rounded, as the operand A of another product: its columns 16 * k to 16 * k + 15.
+template <class T, int kN>
+FASTGPT_PRIM void pack_a(uint32_t (&a)[4], const float (&c)[kN][4], int k) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = pack<T>(c[2 * k + i / 2][2 * (i % 2)], c[2 * k + i / 2][2 * (i % 2) + 1]);
+}
+
 // c += a b, where a is held as accumulators of an earlier product, and b is the tile, from `chunk` on.
 template <class T, int kRows, int kHeaddim, int kM, int kN>
 FASTGPT_PRIM void multiply_add(float (&c)[kM][kN][4], const float (&a)[kM][kRows / 8][4],
@@ -224,12 +232,7 @@ FASTGPT_PRIM void multiply_add(float (&c)[kM][kN][4], const float (&a)[kM][kRows
   for (int k = 0; k < kRows / 16; ++k) {
     uint32_t packed[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        packed[m][i] = pack<T>(a[m][2 * k + i / 2][2 * (i % 2)], a[m][2 * k + i / 2][2 * (i % 2) + 1]);
-      }
-    }
+    for (int m = 0; m < kM; ++m) pack_a<T>(packed[m], a[m], k);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       uint32_t b[4];
@@ -252,6 +255,16 @@ FASTGPT_PRIM void multiply(float (&c)[kM][kN][4], float factor) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[m][n][i] *= factor;
     }
+  }
+}
+
+// Of accumulators the upper eight rows (h = 0) or the lower eight.
+template <int kN>
+FASTGPT_PRIM void multiply_rows(float (&c)[kN][4], int h, float factor) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    c[n][2 * h] *= factor;
+    c[n][2 * h + 1] *= factor;
   }
 }
 

@@ -11,7 +11,7 @@
 // Causal: tiles above the diagonal are not visited, by a warp even where its block does; tiles below it carry no mask.
 // The last queries see the most keys, and go first, so that the short blocks fill what is left at the end.
 
-#include "attention.cuh"
+#include "attention_fwd.cuh"
 
 namespace fastgpt::cuda {
 namespace {
@@ -48,11 +48,8 @@ __global__ void __launch_bounds__(FwdShape<kHeaddim>::kThreads) attention_fwd_ke
   const HeadRows<T> k(a.k, at, visible.keys(), a.shape.D, vectors), v(a.v, at, visible.keys(), a.shape.D, vectors);
   const int tiles = max(0, visible.last(min(start_m + kBlockM, seqlen_q) - 1) + kBlockN) / kBlockN;
 
-  const int warp_row = warp_id() * 16 * kM, first_row = start_m + warp_row, g = lane_id() / 4, t = lane_id() % 4;
+  const int warp_row = warp_id() * 16 * kM, first_row = start_m + warp_row;
   const int all_see = visible.last(first_row), some_see = visible.last(first_row + 16 * kM - 1);
-  // 2^x is one instruction, and x = s * scale - max another. The sign of the scale is moved to q; a scale of zero is
-  // taken as one so small that all weights are alike: times zero, -inf would be NaN.
-  const float scale = fmaxf(fabsf(a.scale) * kLog2E, 1e-30f);
   const uint32_t sign = a.scale < 0 ? 0x80008000u : 0;
 
   uint32_t q_held[Shape::kHoldQ ? kD / 2 : 1][Shape::kHoldQ ? kM : 1][4];
@@ -60,11 +57,10 @@ __global__ void __launch_bounds__(FwdShape<kHeaddim>::kThreads) attention_fwd_ke
   const auto load_q = [&](uint32_t (&to)[4], int m, int i) {
     q_of_warp.load_a(to, 16 * m, i);
 #pragma unroll
-    for (uint32_t& pair : to) pair ^= sign;
+    for (uint32_t& pair : to) pair ^= sign;  // a negative scale's
   };
-  float acc[kM][kD][4] = {}, largest[kM][2], sum[kM][2] = {};
-#pragma unroll
-  for (int m = 0; m < kM; ++m) largest[m][0] = largest[m][1] = -kInfinity;
+  OnlineSoftmax<kM> softmax(a.scale);
+  float acc[kM][kD][4] = {};
 
   q_tile.template load<kThreads>(q, start_m);
   for (int j = -1; j < tiles; ++j) {  // at first there is nothing but to load
@@ -99,51 +95,8 @@ __global__ void __launch_bounds__(FwdShape<kHeaddim>::kThreads) attention_fwd_ke
           }
         },
         k_tile(j));
-    if (start_n + kBlockN - 1 > all_see) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int last = visible.last(first_row + 16 * m + 8 * h + g) - start_n - 2 * t;
-#pragma unroll
-          for (int n = 0; n < kN; ++n) {
-            if (8 * n > last) s[m][n][2 * h] = -kInfinity;
-            if (8 * n + 1 > last) s[m][n][2 * h + 1] = -kInfinity;
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float now = largest[m][h];
-#pragma unroll
-        for (int n = 0; n < kN; ++n) now = fmaxf(now, fmaxf(s[m][n][2 * h], s[m][n][2 * h + 1]));
-        now = fmaxf(now, __shfl_xor_sync(kFullMask, now, 1));
-        now = fmaxf(now, __shfl_xor_sync(kFullMask, now, 2));
-        // A query that has seen nothing yet has no largest score, and -inf - -inf is NaN.
-        const float top = now == -kInfinity ? 0.0f : now, offset = top * scale;
-        // Exactly 1 where no score is larger: the rounding of a fused largest * scale - offset would add up, tile by
-        // tile.
-        const float correction = fast_exp2((largest[m][h] - top) * scale);
-        largest[m][h] = now;
-        sum[m][h] *= correction;
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int i = 2 * h; i < 2 * h + 2; ++i) {
-            s[m][n][i] = fast_exp2(s[m][n][i] * scale - offset);
-            sum[m][h] += s[m][n][i];
-          }
-        }
-#pragma unroll
-        for (int n = 0; n < kD; ++n) {
-          acc[m][n][2 * h] *= correction;
-          acc[m][n][2 * h + 1] *= correction;
-        }
-      }
-    }
+    if (start_n + kBlockN - 1 > all_see) hide(s, visible, first_row, start_n);
+    softmax.weigh(s, [&](int m, int h, float correction) { multiply_rows(acc[m], h, correction); });
     if (a.drop.seed != nullptr) {
       const Dropper dropper(a.drop);  // here, and not held in registers as the loop goes round
       uint32_t keep[kM];
@@ -154,25 +107,7 @@ __global__ void __launch_bounds__(FwdShape<kHeaddim>::kThreads) attention_fwd_ke
     multiply_add(acc, s, v_tile(j), 0);
   }
 
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float total = sum[m][h];
-      total += __shfl_xor_sync(kFullMask, total, 1);
-      total += __shfl_xor_sync(kFullMask, total, 2);
-      const float factor = total == 0.0f ? 0.0f : __fdividef(a.drop.scale, total);  // a query that sees no key gives 0
-#pragma unroll
-      for (int n = 0; n < kD; ++n) {
-        acc[m][n][2 * h] *= factor;
-        acc[m][n][2 * h + 1] *= factor;
-      }
-      const int row = first_row + 16 * m + 8 * h + g;
-      if (t == 0 && row < seqlen_q) {
-        stg(a.lse + at.row(a.shape, row), total == 0.0f ? kInfinity : (largest[m][h] * scale + log2f(total)) * kLn2);
-      }
-    }
-  }
+  softmax.finish(acc, a, at, first_row);
   cp_async_wait<0>();
   __syncthreads();  // q's place is free
   q_of_warp.store(acc, 0, o, first_row);
@@ -184,6 +119,7 @@ void attention_fwd(const AttentionFwd& a, cudaStream_t stream) {
   const AttentionShape& s = a.shape;
   const bool vectors = are_vectors(a.q, s, s.Tq, a.dtype) && are_vectors(a.k, s, s.Tk, a.dtype) &&
                        are_vectors(a.v, s, s.Tk, a.dtype) && are_vectors(a.o, s, s.Tq, a.dtype);
+  if (attention_fwd_sm90(a, vectors, stream)) return;
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (std::is_same_v<T, float>) {

@@ -71,8 +71,9 @@ class Shared {
   const ::fastgpt::cuda::Shared<T> name(name##_array)
 
 // DYNAMIC_SHARED(bf16, tiles): the shared memory whose size the launch states, aligned to 128 bytes.
-#define DYNAMIC_SHARED(T, name)                              \
-  extern __shared__ __align__(128) unsigned char dynamic_[]; \
+#define DYNAMIC_SHARED(T, name) DYNAMIC_SHARED_ALIGNED(T, name, 128)
+#define DYNAMIC_SHARED_ALIGNED(T, name, alignment)                 \
+  extern __shared__ __align__(alignment) unsigned char dynamic_[]; \
   const ::fastgpt::cuda::Shared<T> name(reinterpret_cast<T*>(dynamic_))
 
 namespace fastgpt::cuda {
