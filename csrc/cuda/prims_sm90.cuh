@@ -4,9 +4,9 @@
 
 #pragma once
 
-#include "prims.cuh"
-
 #include <type_traits>
+
+#include "prims.cuh"
 
 #ifdef __CUDACC__
 #include <cuda.h>
@@ -16,13 +16,13 @@ namespace fastgpt::cuda {
 
 constexpr int kWarpgroupSize = 4 * kWarpSize;
 
-// A tensor (dim3, dim2, dim1, dim0) of 2-byte elements in global memory, of which TMA copies boxes (1, 1, box_rows, 64):
-// 128 bytes a row. What lies outside of the tensor is copied as zero.
+// A tensor (dim3, dim2, dim1, dim0) of 2-byte elements in global memory, of which TMA copies boxes (1, 1, box_rows,
+// 64): 128 bytes a row. What lies outside of the tensor is copied as zero.
 struct TensorMapShape {
-  const void* data;     // aligned to 16 bytes
-  int64_t size[4];      // dim0, along which elements are neighbours, first; each 1 to 2^32
-  int64_t strides[3];   // of dim1, dim2, dim3 in elements; multiples of 8, below 2^39
-  int box_rows;         // 1 to 256
+  const void* data;    // aligned to 16 bytes
+  int64_t size[4];     // dim0, along which elements are neighbours, first; each 1 to 2^32
+  int64_t strides[3];  // of dim1, dim2, dim3 in elements; multiples of 8, below 2^39
+  int box_rows;        // 1 to 256
 };
 
 }  // namespace fastgpt::cuda
@@ -58,18 +58,17 @@ inline TensorMap make_tensor_map(const TensorMapShape& x) {
   for (int i = 0; i < 3; ++i) stride_bytes[i] = static_cast<cuuint64_t>(x.strides[i]) * 2;
   const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(x.box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
   // Bytes are copied, not numbers: either 16-bit type will do.
-  const CUresult error =
-      encode(&made.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(x.data), size, stride_bytes, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult error = encode(&made.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(x.data), size,
+                                stride_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {
     throw std::runtime_error("fastgpt: the CUDA driver refuses a tensor map (error " + std::to_string(error) + ")");
   }
   return made;
 }
 
-// A barrier of 8 bytes in shared memory. Its phase ends when `arrivals` have come and the bytes that were announced have
-// landed; then the next one begins. One thread makes it, and fences; the others may use it after a __syncthreads.
+// A barrier of 8 bytes in shared memory. Its phase ends when `arrivals` have come and the bytes that were announced
+// have landed; then the next one begins. One thread makes it, and fences; the others may use it after a __syncthreads.
 FASTGPT_PRIM void mbar_init(Shared<uint64_t> bar, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
 }
@@ -122,14 +121,14 @@ FASTGPT_PRIM void wgmma_wait() {
 
 // Register lists for the products below: 32 of d from d[n] on, and the names of the first 32 or 64 operands.
 #define FASTGPT_D4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define FASTGPT_D32(n)                                                                                     \
+#define FASTGPT_D32(n)                                                                                          \
   FASTGPT_D4(n), FASTGPT_D4(n + 1), FASTGPT_D4(n + 2), FASTGPT_D4(n + 3), FASTGPT_D4(n + 4), FASTGPT_D4(n + 5), \
       FASTGPT_D4(n + 6), FASTGPT_D4(n + 7)
-#define FASTGPT_NAMES_32                                                                                           \
+#define FASTGPT_NAMES_32                                                                                            \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTGPT_NAMES_64                                                                                           \
-  FASTGPT_NAMES_32                                                                                                 \
+#define FASTGPT_NAMES_64                                                                                             \
+  FASTGPT_NAMES_32                                                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
   "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define FASTGPT_WGMMA(shape, dtype) "wgmma.mma_async.sync.aligned." shape ".f32." dtype "." dtype " "
@@ -139,10 +138,10 @@ FASTGPT_PRIM void wgmma_wait() {
 // columns 8 * n to 8 * n + 7.
 template <class T>
 FASTGPT_PRIM void wgmma_m64n128k16(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
-#define FASTGPT_WGMMA_AB(dtype)                                                                       \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" FASTGPT_WGMMA("m64n128k16", dtype)    \
-                   FASTGPT_NAMES_64 "}, %64, %65, add, 1, 1, 0, 0;\n}"                                \
-               : FASTGPT_D32(0), FASTGPT_D32(8)                                                       \
+#define FASTGPT_WGMMA_AB(dtype)                                                                                     \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" FASTGPT_WGMMA("m64n128k16", dtype) FASTGPT_NAMES_64 \
+               "}, %64, %65, add, 1, 1, 0, 0;\n}"                                                                   \
+               : FASTGPT_D32(0), FASTGPT_D32(8)                                                                     \
                : "l"(a), "l"(b), "r"(static_cast<int>(add)))
   if constexpr (std::is_same_v<T, bf16>) {
     FASTGPT_WGMMA_AB("bf16");
@@ -185,10 +184,10 @@ FASTGPT_PRIM void wgmma_m64k16(float (&d)[kN][4], const uint32_t (&a)[4], uint64
 
 namespace fastgpt::cuda {
 
-// A tile of 128-byte rows in shared memory, as tma_load leaves it, for wgmma. Of more than 64 columns, the next 64 begin
-// `next_columns` bytes after these. (PTX's matrix descriptor, whose numbers are in units of 16 bytes: bits 0 to 13 say
-// where, 16 to 29 how far apart the columns are, 32 to 45 how far apart groups of eight rows; bit 62 stands for the
-// swizzle of 128 bytes.)
+// A tile of 128-byte rows in shared memory, as tma_load leaves it, for wgmma. Of more than 64 columns, the next 64
+// begin `next_columns` bytes after these. (PTX's matrix descriptor, whose numbers are in units of 16 bytes: bits 0 to
+// 13 say where, 16 to 29 how far apart the columns are, 32 to 45 how far apart groups of eight rows; bit 62 stands for
+// the swizzle of 128 bytes.)
 template <class T>
 FASTGPT_PRIM uint64_t wgmma_tile(Shared<T> at, int next_columns) {
   const uint64_t address = (shared_address(at) & 0x3ffff) >> 4;
