@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "emulator"
 def load() -> ModuleType:
     """``prim(name, in, out, n)`` and, in the emulator, ``fault(name, planted, data)``; the numbers are addresses."""
     if not torch.cuda.is_available():
-        sources = [FOLDER / name for name in ("faults.cu", "prims.cu", "module.cpp")]
+        sources = [FOLDER / name for name in ("faults.cu", "prims.cu", "prims_sm90.cu", "module.cpp")]
         return emulator.build("fastgpt_emulator_tests", sources, [str(emulator.load().__file__)])
     from torch.utils import cpp_extension
 

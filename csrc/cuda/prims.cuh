@@ -70,11 +70,13 @@ class Shared {
   __shared__ alignas(16) T name##_array[count]; \
   const ::fastgpt::cuda::Shared<T> name(name##_array)
 
-// DYNAMIC_SHARED(bf16, tiles): the shared memory whose size the launch states, aligned to 128 bytes.
+// DYNAMIC_SHARED(bf16, tiles): the shared memory whose size the launch states, aligned to 128 bytes, or to another
+// power of two, at most 1024.
 #define DYNAMIC_SHARED(T, name) DYNAMIC_SHARED_ALIGNED(T, name, 128)
-#define DYNAMIC_SHARED_ALIGNED(T, name, alignment)                 \
-  extern __shared__ __align__(alignment) unsigned char dynamic_[]; \
-  const ::fastgpt::cuda::Shared<T> name(reinterpret_cast<T*>(dynamic_))
+#define DYNAMIC_SHARED_ALIGNED(T, name, bytes) \
+  extern __shared__ __align__(bytes)           \
+  unsigned char dynamic_##bytes[];             \
+  const ::fastgpt::cuda::Shared<T> name(reinterpret_cast<T*>(dynamic_##bytes))
 
 namespace fastgpt::cuda {
 

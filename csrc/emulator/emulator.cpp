@@ -11,6 +11,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -39,6 +40,7 @@
 #include <sanitizer/tsan_interface.h>
 extern "C" {
 void __tsan_read16(void* address);
+void __tsan_read_range(void* address, unsigned long bytes);
 void AnnotateIgnoreReadsBegin(const char* file, int line);
 void AnnotateIgnoreReadsEnd(const char* file, int line);
 void AnnotateIgnoreWritesBegin(const char* file, int line);
@@ -103,6 +105,9 @@ constexpr int kMaxThreads = 1024;
 constexpr unsigned kMostWorkers = 16;  // at a time: the stacks of 16 largest blocks are half of what Linux lets one map
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kBarriers = 16;
+constexpr int kMaxMbarriers = 32;
+constexpr uint32_t kDynamicAddress = 1024;  // where Hopper's instructions find the dynamic shared memory
+constexpr int kMaxCount = (1 << 20) - 1;    // of an mbarrier's arrivals, and of its bytes
 
 // ---- places in kernels ----
 
@@ -187,7 +192,15 @@ struct Copy {
   SiteId site;
 };
 
-enum class State { ready, at_barrier, in_collective, done };
+// By warp, how much of its past lies behind somebody; after the warps, how many phases of each mbarrier, whose copies
+// are ordered as if a warp of their own made them.
+using Past = std::array<uint32_t, kMaxWarps + kMaxMbarriers>;
+
+void absorb(Past& past, const Past& other) {
+  for (size_t i = 0; i < past.size(); ++i) past[i] = std::max(past[i], other[i]);
+}
+
+enum class State { ready, at_barrier, at_mbarrier, in_collective, done };
 
 struct Fiber : Thread {
   Context context;
@@ -198,6 +211,7 @@ struct Fiber : Thread {
   const char* waits_in = "";
   Site waits_at{"", 0};
   int barrier = 0;
+  Past learnt{};  // at mbarriers, since the warp last met; only where its bit in the warp's `learnt` is set
   uint32_t priority = 0;
   std::vector<Copy> copies;  // in flight
   int group = 0;             // of the copies that no commit has closed yet
@@ -222,15 +236,34 @@ struct Requests {
   std::array<uint16_t, 32> next{};
 };
 
+// A wgmma that has been started, and not waited for.
+struct Pending {
+  Product product;  // the first lane's
+  const char* name;
+  SiteId site;
+  int group;
+  Past known;  // to the warp when it started
+  std::array<float (*)[4], 32> d;
+  std::array<std::array<uint32_t, 4>, 32> a_elements;
+  std::vector<float> before;  // d, by lane, while NaN is in its place
+};
+
 struct Warp {
   int number = 0;
   unsigned exists = 0, live = 0;
   Fiber* lane[32] = {};
   std::vector<Collective> pending;
   Lanes lanes;
-  // By warp, how much of its past this warp's past includes; its own entry is its clock. Accesses are stamped with the
-  // clock, and a barrier makes the past of all who meet there one.
-  std::array<uint32_t, kMaxWarps> knows{};
+  // Accesses are stamped with the clock, which moves on where the warp meets (at a barrier, __syncwarp or wgmma_wait),
+  // or where those lanes that made them have arrived at an mbarrier. A barrier makes the past of all who meet there
+  // one.
+  uint32_t clock = 0;
+  unsigned accessed = 0, learnt = 0;  // lanes that did so at this clock, and since the warp last met
+  Past knows{};
+  std::deque<Pending> products;  // in flight
+  bool fenced = false;
+  int group = 0;       // of the products that no commit has closed yet
+  size_t started = 0;  // products, of those of its warpgroup
   std::unordered_map<SiteId, Requests> requests;
   char sanitizer_tag = 0;
 };
@@ -244,7 +277,41 @@ struct Barrier {
   unsigned generation = 0;
 };
 
-// An access that other threads' accesses are compared with.
+// A copy of TMA that nobody has waited for.
+struct BoxCopy {
+  unsigned char* to;
+  Box from;
+  uint32_t phase;
+  bool landed;
+  int thread;
+  SiteId site;
+};
+
+struct Mbarrier {
+  const void* address;
+  int number;
+  int thread;  // that made it
+  SiteId site;
+  int arrivals, lacks;
+  int64_t lacks_bytes = 0;  // less than none where more have landed than were announced
+  uint32_t phases = 0;      // that have ended
+  bool fenced = false;
+  Past gathering{}, released{};              // of those who arrived, and at the last phase's end
+  std::array<unsigned, kMaxWarps> here{};    // lanes that have arrived in this phase, by warp,
+  std::array<uint32_t, kMaxWarps> clocks{};  // at this clock of the warp
+  std::vector<BoxCopy> copies;
+  char sanitizer_tag[2];
+};
+
+// What all four warps of a warpgroup have to start alike.
+struct Started {
+  uint64_t a, b;
+  bool add;
+  SiteId site;
+  int warp;
+};
+
+// An access that other threads' accesses are compared with. Threads beyond a block's largest are mbarriers' copies.
 struct Stamp {
   uint16_t thread;
   SiteId site;
@@ -252,8 +319,8 @@ struct Stamp {
 };
 
 // Two bytes of shared memory. Of several reads that nothing orders, two suffice, of different warps: a write that
-// conflicts with any of the others conflicts with one of these. (Not where a named barrier orders the writer with these
-// two and not with the others; that race goes by unseen.)
+// conflicts with any of the others conflicts with one of these. (Not where a named barrier or an mbarrier orders the
+// writer with these two and not with the others; that race goes by unseen.)
 struct Cell {
   uint32_t run = 0;  // of the block that the rest is about
   bool in_flight = false;
@@ -304,6 +371,8 @@ std::string too_much(size_t bytes, size_t most) {
 // ---- a block: one OS thread works through the blocks of a grid with one of these ----
 
 constexpr char kDynamicTag = 0;
+constexpr unsigned kAllLanes = ~0u;
+struct Nothing {};
 
 struct Block {
   std::string kernel;
@@ -320,8 +389,10 @@ struct Block {
   std::vector<Fiber*> ready;
   size_t head = 0;
   Barrier barriers[kBarriers];
+  std::deque<Mbarrier> mbarriers;
+  std::array<std::vector<Started>, kMaxWarps / 4> products;  // by warpgroup
   std::vector<Array> arrays;
-  size_t dynamic_bytes = 0;
+  size_t dynamic_bytes = 0, dynamic_alignment = 0;
   uint32_t run = 0;
   std::mt19937_64 random;
   std::exception_ptr error;
@@ -377,6 +448,7 @@ struct Block {
     }
     forget_arrays();
     dynamic_bytes = shared_bytes;
+    dynamic_alignment = 0;
     if (shared_bytes) add_array(&kDynamicTag, shared_bytes);
     release(&sanitizer_begin);
   }
@@ -409,6 +481,8 @@ struct Block {
     random.seed(seed);
     for (Array& array : arrays) memset(array.data, 0xff, array.bytes);  // NaN in every dtype
     for (Barrier& barrier : barriers) barrier = {};
+    mbarriers.clear();
+    for (auto& started : products) started.clear();
     std::array<uint32_t, kMaxWarps> priority;
     for (uint32_t& p : priority) p = random() % 1000;
     for (auto& warp : warps) {
@@ -416,7 +490,12 @@ struct Block {
       warp->pending.clear();
       warp->requests.clear();
       warp->knows.fill(0);
-      warp->knows[warp->number] = 1;
+      warp->knows[warp->number] = warp->clock = 1;
+      warp->accessed = warp->learnt = 0;
+      warp->products.clear();
+      warp->fenced = false;
+      warp->group = 0;
+      warp->started = 0;
     }
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = *fibers[settings.order == Order::reversed ? threads - 1 - i : i];
@@ -452,6 +531,7 @@ struct Block {
     try {
       block.body(block.context);
       require_landed(fiber);
+      if (block.live == 1) block.require_over();
     } catch (...) {
       block.error = std::current_exception();
     }
@@ -461,9 +541,32 @@ struct Block {
 
   // A block's shared memory is another's when it has ended, and what lands there then lands in that one's.
   static void require_landed(const Fiber& fiber) {
-    if (fiber.copies.empty()) return;
-    fail(known_sites[fiber.copies.front().site].site,
-         "cp_async_16: the thread leaves the kernel, and this asynchronous copy has not been waited for");
+    if (!fiber.copies.empty()) {
+      fail(known_sites[fiber.copies.front().site].site,
+           "cp_async_16: the thread leaves the kernel, and this asynchronous copy has not been waited for");
+    }
+    if (!fiber.warp->products.empty()) {
+      const Pending& first = fiber.warp->products.front();
+      fail(known_sites[first.site].site, "%s: the warp leaves the kernel, and this product has not been waited for",
+           first.name);
+    }
+  }
+
+  // What has to be so when the last thread leaves.
+  void require_over() {
+    for (const Mbarrier& bar : mbarriers) {
+      if (bar.copies.empty()) continue;
+      const BoxCopy& copy = bar.copies.front();
+      fail_as(*fibers[copy.thread], known_sites[copy.site].site,
+              "tma_load: the block ends, and nobody has waited for this copy");
+    }
+    for (int i = 0; i < threads / 32; ++i) {
+      const std::vector<Started>& all = products[i / 4];
+      if (warps[i]->started == all.size()) continue;
+      const Started& missed = all[warps[i]->started];
+      fail_as(*warps[missed.warp]->lane[0], known_sites[missed.site].site,
+              "wgmma: warp %d of the warpgroup has started this product, and warp %d leaves without", missed.warp, i);
+    }
   }
 
   void leave(Fiber& fiber) {
@@ -613,7 +716,7 @@ struct Block {
     ++barrier.generation;
     ++counters.barriers;
     std::array<bool, kMaxWarps> met{};
-    std::array<uint32_t, kMaxWarps> past{};
+    Past past{};
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = *fibers[settings.order == Order::reversed ? threads - 1 - i : i];
       if (fiber.state != State::at_barrier || fiber.barrier != id || !is_whole(*fiber.warp)) continue;
@@ -624,14 +727,417 @@ struct Block {
     for (auto& warp : warps) {
       if (!met[warp->number]) continue;
       barrier.here[warp->number] = 0;
-      close_requests(*warp);
-      ++warp->knows[warp->number];
-      for (int i = 0; i < kMaxWarps; ++i) past[i] = std::max(past[i], warp->knows[i]);
+      meet(*warp);
+      absorb(past, warp->knows);
     }
     for (auto& warp : warps) {
       if (met[warp->number]) warp->knows = past;
     }
     return true;
+  }
+
+  // The pasts of the warp's lanes become one.
+  void meet(Warp& warp) {
+    close_requests(warp);
+    for (int lane = 0; lane < 32; ++lane) {
+      if (warp.learnt >> lane & 1) absorb(warp.knows, warp.lane[lane]->learnt);
+    }
+    warp.learnt = warp.accessed = 0;
+    warp.knows[warp.number] = ++warp.clock;
+  }
+
+  // -- mbarriers
+
+  void init_mbarrier(void* address, int arrivals, Site site) {
+    Fiber& fiber = self();
+    check_cells(address, 8, Access::write, "mbar_init", site);
+    if (arrivals < 1 || arrivals > kMaxCount) {
+      fail(site, "mbar_init: a phase has 1 to %d arrivals, not %d", kMaxCount, arrivals);
+    }
+    for (const Mbarrier& bar : mbarriers) {
+      if (bar.address == address) {
+        fail(site, "mbar_init: thread %d has made this mbarrier at %s already", bar.thread, place(bar.site).c_str());
+      }
+    }
+    const int number = static_cast<int>(mbarriers.size());
+    if (number == kMaxMbarriers) fail(site, "mbar_init: the emulator takes at most %d mbarriers", kMaxMbarriers);
+    Mbarrier& bar = mbarriers.emplace_back();
+    bar.address = address;
+    bar.number = number;
+    bar.thread = fiber.linear;
+    bar.site = id_of(site);
+    bar.arrivals = bar.lacks = arrivals;
+  }
+
+  Mbarrier& mbarrier_at(const void* address, const char* name, Site site) {
+    for (Mbarrier& bar : mbarriers) {
+      if (bar.address != address) continue;
+      check_cells(address, 8, Access::read, name, site);
+      return bar;
+    }
+    fail(site, "%s: no thread has initialised this mbarrier", name);
+  }
+
+  void arrive_at_mbarrier(const void* address, int bytes, const char* name, Site site) {
+    Fiber& fiber = self();
+    Warp& warp = *fiber.warp;
+    Mbarrier& bar = mbarrier_at(address, name, site);
+    if (bar.lacks == 0) fail(site, "%s: all %d arrivals of this phase have come before", name, bar.arrivals);
+    if (bytes < 0 || bytes > kMaxCount || bar.lacks_bytes + bytes > kMaxCount) {
+      fail(site, "%s: an mbarrier cannot wait for more than %d bytes, or for less than none", name, kMaxCount);
+    }
+    unsigned& here = bar.here[warp.number];
+    uint32_t& clock = bar.clocks[warp.number];
+    if (clock != warp.clock) here = 0;
+    clock = warp.clock;
+    here |= 1u << fiber.lane;
+    // The accesses at this clock are part of what the barrier orders where all that made them have arrived.
+    if (warp.accessed && !(warp.accessed & ~here)) {
+      Past own{};
+      own[warp.number] = ++warp.clock;
+      warp.accessed = 0;
+      learn(fiber, own);
+    }
+    absorb(bar.gathering, warp.knows);
+    if (warp.learnt >> fiber.lane & 1) absorb(bar.gathering, fiber.learnt);
+    release(&bar.sanitizer_tag[bar.phases % 2]);
+    --bar.lacks;
+    bar.lacks_bytes += bytes;
+    end_phase(bar);
+  }
+
+  static void learn(Fiber& fiber, const Past& past) {
+    unsigned& learnt = fiber.warp->learnt;
+    if (!(learnt >> fiber.lane & 1)) fiber.learnt = {};
+    learnt |= 1u << fiber.lane;
+    absorb(fiber.learnt, past);
+  }
+
+  void end_phase(Mbarrier& bar) {
+    if (bar.lacks != 0 || bar.lacks_bytes != 0) return;
+    bar.gathering[kMaxWarps + bar.number] = ++bar.phases;
+    bar.released = bar.gathering;
+    bar.here.fill(0);
+    bar.lacks = bar.arrivals;
+    wake_waiters(bar);
+  }
+
+  void wake_waiters(const Mbarrier& bar) {
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = *fibers[settings.order == Order::reversed ? threads - 1 - i : i];
+      if (fiber.state == State::at_mbarrier && fiber.barrier == bar.number) wake(fiber);
+    }
+  }
+
+  void wait_for_mbarrier(const void* address, int parity, Site site) {
+    Fiber& fiber = self();
+    Mbarrier& bar = mbarrier_at(address, "mbar_wait", site);
+    if (parity != 0 && parity != 1) fail(site, "mbar_wait: a parity is 0 or 1, not %d", parity);
+    while (static_cast<int>(bar.phases % 2) == parity) {
+      if (land_boxes(bar)) continue;
+      fiber.barrier = bar.number;
+      wait(fiber, State::at_mbarrier, "mbar_wait", site);
+      yield();
+      fiber.state = State::ready;
+    }
+    acquire(&bar.sanitizer_tag[parity]);
+    learn(fiber, bar.released);
+    bar.copies.erase(std::remove_if(bar.copies.begin(), bar.copies.end(),
+                                    [&](const BoxCopy& copy) { return copy.phase < bar.phases; }),
+                     bar.copies.end());
+  }
+
+  // "3 arrivals and 128 bytes"
+  static std::string what_lacks(const Mbarrier& bar) {
+    std::string text;
+    if (bar.lacks) text = formatted(bar.lacks == 1 ? "%d arrival" : "%d arrivals", bar.lacks);
+    if (bar.lacks && bar.lacks_bytes) text += " and ";
+    if (bar.lacks_bytes < 0) text += "the announcement of ";
+    if (bar.lacks_bytes) text += formatted("%lld bytes", std::abs(static_cast<long long>(bar.lacks_bytes)));
+    return text;
+  }
+
+  // -- copies of TMA
+
+  void load_box(void* to, const Box& from, const void* address, Site site) {
+    Fiber& fiber = self();
+    const char* name = "tma_load";
+    Mbarrier& bar = mbarrier_at(address, name, site);
+    if (!bar.fenced) {
+      fail(site, "tma_load: no mbar_fence_init of thread %d has followed its mbar_init at %s", bar.thread,
+           place(bar.site).c_str());
+    }
+    if (address_of(to, name, site) % 1024 != 0) {
+      fail(site, "tma_load: its destination is no multiple of 1024 bytes from the begin of shared memory");
+    }
+    if (dynamic_alignment < 1024) {
+      fail(
+          site,
+          "tma_load: the kernel's DYNAMIC_SHARED is aligned to %zu bytes, and TMA needs DYNAMIC_SHARED_ALIGNED to 1024",
+          dynamic_alignment);
+    }
+    auto* begin = static_cast<unsigned char*>(to);
+    const Stamp landing{static_cast<uint16_t>((kMaxWarps + bar.number) * 32), id_of(site), bar.phases};
+    for (int i = 0; i < from.rows * 8; ++i) {
+      Cell* cell = check_cells(begin + 16 * i, 16, Access::write, name, site);
+      for (int j = 0; j < 8; ++j) cell[j].write = landing;
+    }
+    ++counters.copies;
+    bar.copies.push_back({begin, from, bar.phases, false, fiber.linear, id_of(site)});
+    if (settings.lazy_copies) {
+      memset(to, 0xff, static_cast<size_t>(from.rows) * 128);
+      wake_waiters(bar);
+    } else {
+      land_boxes(bar);
+    }
+  }
+
+  // Whether anything was there to land.
+  bool land_boxes(Mbarrier& bar) {
+    bool any = false;
+    for (BoxCopy& copy : bar.copies) {
+      if (copy.landed) continue;
+      for (int row = 0; row < copy.from.rows; ++row) land_row(copy, row);
+      copy.landed = any = true;
+      bar.lacks_bytes -= copy.from.rows * 128;
+    }
+    if (any) end_phase(bar);
+    return any;
+  }
+
+  static void land_row(const BoxCopy& copy, int row) {
+    uint16_t elements[64] = {};
+    int first, count;
+    if (const uint16_t* from = row_of(copy.from, row, first, count)) {
+      for (int i = 0; i < count; ++i) elements[first + i] = from[i];
+    }
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      __builtin_memcpy(copy.to + 128 * row + 16 * (chunk ^ row % 8), elements + 8 * chunk, 16);
+    }
+  }
+
+  // Of the box's row the elements that are within the tensor: where they are, which is the first, and how many; or
+  // null.
+  static const uint16_t* row_of(const Box& box, int row, int& first, int& count) {
+    const int64_t at[4] = {0, box.at[1] + row, box.at[2], box.at[3]};
+    const auto* from = static_cast<const uint16_t*>(box.data);
+    for (int i = 1; i < 4; ++i) {
+      if (at[i] < 0 || at[i] >= box.size[i]) return nullptr;
+      from += at[i] * box.strides[i - 1];
+    }
+    first = static_cast<int>(std::clamp<int64_t>(-box.at[0], 0, 64));
+    count = static_cast<int>(std::clamp<int64_t>(box.size[0] - box.at[0], 0, 64)) - first;
+    return count > 0 ? from + box.at[0] + first : nullptr;
+  }
+
+  // -- products of a warpgroup
+
+  // A matrix in shared memory by PTX's descriptor, swizzled by 128 bytes.
+  struct Tile {
+    uint32_t address, columns, rows;  // how far apart each 64 columns and each eight rows of 128 bytes are
+
+    // Of 16 bytes within the row of 128.
+    uint32_t chunk(int row, int at) const {
+      const uint32_t plain = address + static_cast<uint32_t>(row / 8) * rows + static_cast<uint32_t>(row % 8) * 128 +
+                             static_cast<uint32_t>(at / 8) * columns + static_cast<uint32_t>(at % 8) * 16;
+      return plain ^ (plain >> 7 & 7) << 4;
+    }
+  };
+
+  static Tile tile_of(uint64_t descriptor, const char* name, Site site) {
+    const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
+    // All other bits have to be 0 but for bit 62: the swizzle of 128 bytes.
+    if ((descriptor & ~(uint64_t{0x3fff} | uint64_t{0x3fff} << 16 | uint64_t{0x3fff} << 32)) != uint64_t{1} << 62) {
+      fail(site, "%s: %016llx does not describe a matrix swizzled by 128 bytes", name,
+           static_cast<unsigned long long>(descriptor));
+    }
+    return {field(0), field(16), field(32)};
+  }
+
+  // f(is_a, row of 128 bytes, 16 bytes of it, address) of all that this warp reads: operand a by its 16 rows, operand b
+  // by column, or by row where a is in registers.
+  template <class F>
+  static void for_each_chunk(const Warp& warp, const Product& x, const char* name, Site site, F f) {
+    if (!x.a_in_registers) {
+      const Tile a = tile_of(x.a, name, site);
+      for (int row = 0; row < 16; ++row) {
+        for (int at = 0; at < 2; ++at) f(true, row, at, a.chunk(warp.number % 4 * 16 + row, at));
+      }
+    }
+    const Tile b = tile_of(x.b, name, site);
+    const int rows = x.a_in_registers ? 16 : x.n, chunks = x.a_in_registers ? x.n / 8 : 2;
+    for (int row = 0; row < rows; ++row) {
+      for (int at = 0; at < chunks; ++at) f(false, row, at, b.chunk(row, at));
+    }
+  }
+
+  uint32_t address_of(const void* p, const char* name, Site site) const {
+    const ptrdiff_t offset =
+        static_cast<const unsigned char*>(p) - static_cast<unsigned char*>(find_array(&kDynamicTag));
+    if (dynamic_bytes == 0 || offset < 0 || offset > static_cast<ptrdiff_t>(dynamic_bytes)) {
+      fail(site, "%s: this is not in the dynamic shared memory", name);
+    }
+    return kDynamicAddress + static_cast<uint32_t>(offset);
+  }
+
+  unsigned char* at_address(uint32_t address, const char* name, Site site) const {
+    if (address < kDynamicAddress || address + 16 > kDynamicAddress + dynamic_bytes) {
+      fail(site, "%s: a descriptor leads to byte %lld of %zu of the dynamic shared memory", name,
+           static_cast<long long>(address) - kDynamicAddress, dynamic_bytes);
+    }
+    return static_cast<unsigned char*>(find_array(&kDynamicTag)) + (address - kDynamicAddress);
+  }
+
+  // The warp's last lane starts it for all.
+  void start_product(Lanes& lanes, const char* name, Site site) {
+    Warp& warp = *self().warp;
+    const Product& x = lanes.operand<Product>(0);
+    for (int lane = 1; lane < 32; ++lane) {
+      const Product& y = lanes.operand<Product>(lane);
+      if (x.a != y.a || x.b != y.b) fail(site, "%s: lanes 0 and %d have different descriptors", name, lane);
+      if (x.add != y.add) fail(site, "%s: of lanes 0 and %d only one adds", name, lane);
+    }
+    if (warp.number / 4 * 128 + 128 > threads) {
+      fail(site, "%s: warp %d is not of four that are a warpgroup, in a block of %d threads", name, warp.number,
+           threads);
+    }
+    if (!warp.fenced) fail(site, "%s: no wgmma_fence lies between the kernel's begin or a wgmma_wait and this", name);
+    start_alike(warp, x, name, site);
+    warp.products.push_back({x, name, id_of(site), warp.group, known_to_all(warp), {}, {}, {}});
+    Pending& mine = warp.products.back();
+    for (int lane = 0; lane < 32; ++lane) {
+      const Product& y = lanes.operand<Product>(lane);
+      mine.d[lane] = y.d;
+      std::copy_n(y.a_elements, 4, mine.a_elements[lane].begin());
+    }
+    for_each_chunk(warp, x, name, site, [&](bool, int, int, uint32_t address) {
+      Cell* cell = cells(at_address(address, name, site), 16, name, site);
+      for (int i = 0; i < 8; ++i) {
+        require_readable(cell[i], before(cell[i].write, mine.known), name, site);
+        note_read(cell[i], stamp(self(), mine.site), self());
+      }
+    });
+    if (!settings.lazy_copies) {
+      multiply(warp, mine, site);
+    } else if (std::none_of(warp.products.begin(), warp.products.end() - 1,
+                            [&](const Pending& other) { return other.d[0] == mine.d[0]; })) {
+      hide(mine);
+    }
+    counters.mma += x.n / 8;
+  }
+
+  // Holds the warps of a warpgroup to the same products.
+  void start_alike(Warp& warp, const Product& x, const char* name, Site site) {
+    std::vector<Started>& all = products[warp.number / 4];
+    if (warp.started == all.size()) all.push_back({x.a, x.b, x.add, id_of(site), warp.number});
+    const Started& first = all[warp.started++];
+    if (first.a != x.a || first.b != x.b || first.add != x.add || first.site != id_of(site)) {
+      fail(site, "%s: warp %d, of the same warpgroup, has started another product in this one's place, at %s", name,
+           first.warp, place(first.site).c_str());
+    }
+  }
+
+  // What the warp knows, and what each of its lanes has learnt for itself.
+  static Past known_to_all(const Warp& warp) {
+    Past known = warp.knows;
+    if (warp.learnt != kAllLanes) return known;
+    Past common = warp.lane[0]->learnt;
+    for (const Fiber* lane : warp.lane) {
+      for (size_t i = 0; i < common.size(); ++i) common[i] = std::min(common[i], lane->learnt[i]);
+    }
+    absorb(known, common);
+    return known;
+  }
+
+  // Puts d aside, and NaN in its place, as long as the product is in flight.
+  static void hide(Pending& x) {
+    const size_t size = static_cast<size_t>(x.product.n) / 2;
+    x.before.resize(32 * size);
+    for (size_t lane = 0; lane < 32; ++lane) {
+      __builtin_memcpy(&x.before[lane * size], x.d[lane], size * sizeof(float));
+      __builtin_memset(x.d[lane], 0xff, size * sizeof(float));
+    }
+  }
+
+  static void bring_back(Pending& x) {
+    const size_t size = static_cast<size_t>(x.product.n) / 2;
+    for (size_t lane = 0; lane < 32; ++lane) {
+      __builtin_memcpy(x.d[lane], &x.before[lane * size], size * sizeof(float));
+    }
+  }
+
+  void multiply(const Warp& warp, const Pending& p, Site site) const {
+    const Product& x = p.product;
+    float a[16][16], b[16][128], d[16][128];
+    for_each_chunk(warp, x, p.name, site, [&](bool is_a, int row, int at, uint32_t address) {
+      float wide[8];
+      x.widen(reinterpret_cast<const uint16_t*>(at_address(address, p.name, site)), wide, 8);
+      for (int i = 0; i < 8; ++i) {
+        if (is_a) {
+          a[row][8 * at + i] = wide[i];
+        } else if (x.a_in_registers) {
+          b[row][8 * at + i] = wide[i];
+        } else {
+          b[8 * at + i][row] = wide[i];
+        }
+      }
+    });
+    // Of both a and d a lane has what it has of mma_m16n8k16's.
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; x.a_in_registers && i < 4; ++i) {
+        uint16_t pair[2];
+        __builtin_memcpy(pair, &p.a_elements[lane][i], 4);
+        x.widen(pair, &a[g + 8 * (i % 2)][2 * t + 8 * (i / 2)], 2);
+      }
+      for (int n = 0; n < x.n / 8; ++n) {
+        for (int i = 0; i < 4; ++i) d[g + 8 * (i / 2)][8 * n + 2 * t + i % 2] = x.add ? p.d[lane][n][i] : 0.0f;
+      }
+    }
+    for (int half = 0; half < x.n; half += 64) {
+      for (int m = 0; m < 16; ++m) {
+        for (int k = 0; k < 16; ++k) {
+          for (int n = 0; n < 64; ++n) d[m][half + n] += a[m][k] * b[k][half + n];
+        }
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int n = 0; n < x.n / 8; ++n) {
+        for (int i = 0; i < 4; ++i) p.d[lane][n][i] = d[lane / 4 + 8 * (i / 2)][8 * n + 2 * (lane % 4) + i % 2];
+      }
+    }
+  }
+
+  void finish_products(int pending, Site site) {
+    Warp& warp = *self().warp;
+    while (!warp.products.empty() && warp.products.front().group < warp.group - pending) {
+      Pending mine = std::move(warp.products.front());
+      warp.products.pop_front();
+      // Until now it may have read its operands.
+      for_each_chunk(warp, mine.product, mine.name, site, [&](bool, int, int, uint32_t address) {
+        Cell* cell = cells(at_address(address, mine.name, site), 16, mine.name, site);
+        for (int i = 0; i < 8; ++i) {
+          const Stamp& write = cell[i].write;
+          if (!before(write, mine.known)) {
+            fail(known_sites[mine.site].site,
+                 "race: %s reads shared memory until wgmma_wait, and %s at %s comes before", mine.name,
+                 is_box(write) ? "tma_load" : formatted("thread %d's write", write.thread).c_str(),
+                 place(write.site).c_str());
+          }
+          note_read(cell[i], stamp(self(), mine.site), self());
+        }
+      });
+      if (!settings.lazy_copies) continue;
+      bring_back(mine);
+      multiply(warp, mine, site);
+      for (Pending& next : warp.products) {
+        if (next.d[0] != mine.d[0]) continue;
+        hide(next);
+        break;
+      }
+    }
+    warp.fenced = false;
+    meet(warp);
   }
 
   // -- operations of a warp
@@ -666,8 +1172,7 @@ struct Block {
       if (compute) {
         compute(warp.lanes, mask);
       } else {
-        close_requests(warp);
-        ++warp.knows[warp.number];
+        meet(warp);
       }
       warp.pending.erase(warp.pending.begin() + (mine - warp.pending.data()));
       for (int i = 0; i < 32; ++i) {
@@ -697,7 +1202,8 @@ struct Block {
       int last = first;
       while (last + 1 < threads && fibers[last + 1]->state == fiber.state &&
              (fiber.state == State::done || (fibers[last + 1]->waits_at.line == fiber.waits_at.line &&
-                                             fibers[last + 1]->waits_at.file == fiber.waits_at.file))) {
+                                             fibers[last + 1]->waits_at.file == fiber.waits_at.file)) &&
+             (fiber.state != State::at_mbarrier || fibers[last + 1]->barrier == fiber.barrier)) {
         ++last;
       }
       if (waiting.size() < 600) {
@@ -705,6 +1211,9 @@ struct Block {
         waiting += fiber.state == State::done
                        ? "have left"
                        : formatted("wait in %s at %s", fiber.waits_in, place(fiber.waits_at).c_str());
+        if (fiber.state == State::at_mbarrier) {
+          waiting += " for " + what_lacks(mbarriers[static_cast<size_t>(fiber.barrier)]);
+        }
       }
       first = last + 1;
     }
@@ -744,13 +1253,21 @@ struct Block {
     return data;
   }
 
-  bool ordered(const Stamp& stamp, const Fiber& fiber) const {
-    return stamp.site == 0 || stamp.thread == fiber.linear || fiber.warp->knows[stamp.thread / 32] > stamp.clock;
+  static bool before(const Stamp& stamp, const Past& past) {
+    return stamp.site == 0 || past[stamp.thread / 32] > stamp.clock;
   }
 
-  Stamp stamp(const Fiber& fiber, SiteId site) const {
-    return {static_cast<uint16_t>(fiber.linear), site, fiber.warp->knows[fiber.warp->number]};
+  static bool ordered(const Stamp& stamp, const Fiber& fiber) {
+    const Warp& warp = *fiber.warp;
+    return stamp.thread == fiber.linear || before(stamp, warp.knows) ||
+           (warp.learnt >> fiber.lane & 1 && before(stamp, fiber.learnt));
   }
+
+  static Stamp stamp(const Fiber& fiber, SiteId site) {
+    return {static_cast<uint16_t>(fiber.linear), site, fiber.warp->clock};
+  }
+
+  static bool is_box(const Stamp& stamp) { return stamp.thread >= kMaxThreads; }
 
   // The cells of [p, p + bytes), those of earlier blocks wiped.
   Cell* cells(const void* p, size_t bytes, const char* name, Site site) {
@@ -785,25 +1302,21 @@ struct Block {
   }
 
   void check(const void* p, size_t bytes, Access access, const char* name, Site site) {
+    self().warp->accessed |= 1u << self().lane;
+    check_cells(p, bytes, access, name, site);
+  }
+
+  Cell* check_cells(const void* p, size_t bytes, Access access, const char* name, Site site) {
     Fiber& fiber = self();
     Cell* cell = cells(p, bytes, name, site);
     const Stamp now = stamp(fiber, id_of(site));
     for (size_t i = 0; i < (bytes + 1) / 2; ++i) {
       Cell& c = cell[i];
-      if (c.in_flight) {
-        fail(site, "%s: the asynchronous copy that thread %d started at %s has not been waited for", name,
-             c.write.thread, place(c.write.site).c_str());
-      }
       if (access == Access::read) {
-        if (c.write.site == 0) {
-          fail(site,
-               "%s reads uninitialised shared memory (or another thread has yet to write it, and no barrier lies "
-               "between)",
-               name);
-        }
-        if (!ordered(c.write, fiber)) fail_race(name, "reads", c.write, "wrote", site);
+        require_readable(c, ordered(c.write, fiber), name, site);
         note_read(c, now, fiber);
       } else {
+        require_landed(c, name, site);
         if (!ordered(c.write, fiber)) fail_race(name, "writes", c.write, "wrote", site);
         for (const Stamp& read : c.reads) {
           if (!ordered(read, fiber)) fail_race(name, "writes", read, "read", site);
@@ -812,6 +1325,23 @@ struct Block {
         c.reads[0] = c.reads[1] = {};
       }
     }
+    return cell;
+  }
+
+  static void require_landed(const Cell& c, const char* name, Site site) {
+    if (!c.in_flight) return;
+    fail(site, "%s: the asynchronous copy that thread %d started at %s has not been waited for", name, c.write.thread,
+         place(c.write.site).c_str());
+  }
+
+  static void require_readable(const Cell& c, bool is_ordered, const char* name, Site site) {
+    require_landed(c, name, site);
+    if (c.write.site == 0) {
+      fail(site,
+           "%s reads uninitialised shared memory (or another thread has yet to write it, and no barrier lies between)",
+           name);
+    }
+    if (!is_ordered) fail_race(name, "reads", c.write, "wrote", site);
   }
 
   void note_read(Cell& c, Stamp now, const Fiber& fiber) {
@@ -824,7 +1354,10 @@ struct Block {
     }
   }
 
-  [[noreturn]] void fail_race(const char* name, const char* does, Stamp other, const char* did, Site site) {
+  [[noreturn]] static void fail_race(const char* name, const char* does, Stamp other, const char* did, Site site) {
+    if (is_box(other)) {
+      fail(site, "%s: the copy of tma_load at %s has not been waited for", name, place(other.site).c_str());
+    }
     fail(site, "race: %s %s shared memory that thread %d %s at %s, and no barrier lies between", name, does,
          other.thread, did, place(other.site).c_str());
   }
@@ -1017,9 +1550,16 @@ void* shared_array(const void* tag, size_t bytes, Site site) {
   return self().block->array_of(tag, bytes, site);
 }
 
-void* dynamic_shared() {
+void* dynamic_shared(size_t alignment) {
   const Unseen unseen;
-  return self().block->find_array(&kDynamicTag);
+  Block& block = *self().block;
+  block.dynamic_alignment = std::max(block.dynamic_alignment, alignment);
+  return block.find_array(&kDynamicTag);
+}
+
+uint32_t shared_address(const void* p, Site site) {
+  const Unseen unseen;
+  return self().block->address_of(p, "shared_address", site);
 }
 
 void check_shared(const void* p, size_t bytes, Access access, const char* name, Site site) {
@@ -1057,6 +1597,66 @@ void commit_async() { ++self().group; }
 void wait_async(int pending, Site site) {
   const Unseen unseen;
   if (!is_off(site, "cp_async_wait")) self().block->finish_copies(pending, site);
+}
+
+void init_mbarrier(void* bar, int arrivals, Site site) {
+  const Unseen unseen;
+  self().block->init_mbarrier(bar, arrivals, site);
+}
+
+void fence_mbarriers() {
+  const Unseen unseen;
+  for (Mbarrier& bar : self().block->mbarriers) bar.fenced |= bar.thread == self().linear;
+}
+
+void arrive_at_mbarrier(void* bar, int bytes, const char* name, Site site) {
+  const Unseen unseen;
+  self().block->arrive_at_mbarrier(bar, bytes, name, site);
+}
+
+void wait_for_mbarrier(void* bar, int parity, Site site) {
+  const Unseen unseen;
+  if (!is_off(site, "mbar_wait")) self().block->wait_for_mbarrier(bar, parity, site);
+}
+
+void load_box(void* to, const Box& from, void* bar, Site site) {
+#ifdef FASTGPT_TSAN
+  for (int row = 0; row < from.rows; ++row) {
+    int first, count;
+    if (const uint16_t* at = Block::row_of(from, row, first, count)) {
+      __tsan_read_range(const_cast<uint16_t*>(at), static_cast<size_t>(count) * 2);
+    }
+  }
+#endif
+  const Unseen unseen;
+  self().block->load_box(to, from, bar, site);
+}
+
+// Of these the last lane to arrive does for all what `compute` says, at the place where it is.
+void start_product(const Product& product, const char* name, Site site) {
+  collective<Nothing>(
+      kAllLanes, product,
+      [](Lanes& lanes, unsigned) {
+        const Fiber& last = self();
+        last.block->start_product(lanes, last.waits_in, last.waits_at);
+      },
+      name, site);
+}
+
+void fence_products(Site site) {
+  collective<Nothing>(kAllLanes, Nothing{}, [](Lanes&, unsigned) { self().warp->fenced = true; }, "wgmma_fence", site);
+}
+
+void commit_products(Site site) {
+  collective<Nothing>(kAllLanes, Nothing{}, [](Lanes&, unsigned) { ++self().warp->group; }, "wgmma_commit", site);
+}
+
+void wait_for_products(int pending, Site site) {
+  if (is_off(site, "wgmma_wait")) return;
+  collective<Nothing>(
+      kAllLanes, pending,
+      [](Lanes& lanes, unsigned) { self().block->finish_products(lanes.operand<int>(0), self().waits_at); },
+      "wgmma_wait", site);
 }
 
 void count_matrix_rows(const void* const rows[32]) {

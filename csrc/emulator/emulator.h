@@ -89,7 +89,10 @@ Out collective(unsigned mask, const In& operand, void (*compute)(Lanes&, unsigne
 
 // The block's array that belongs to `tag`, made when its first thread asks for it.
 void* shared_array(const void* tag, size_t bytes, Site site);
-void* dynamic_shared();
+// The array whose size the launch states, which the kernel wants aligned so.
+void* dynamic_shared(size_t alignment);
+// Where Hopper's instructions find what lies at p, in the array of dynamic_shared or right behind it.
+uint32_t shared_address(const void* p, Site site);
 
 enum class Access { read, write };
 // Throws where a thread may not do this: out of bounds, misaligned, a race, nothing written there yet.
@@ -100,6 +103,36 @@ void check_global(const void* p, size_t bytes, const char* name, Site site);
 void copy_async(void* to, const void* from, bool valid, Site site);
 void commit_async();
 void wait_async(int pending, Site site);
+
+// Barriers in shared memory: cuda/prims_sm90.cuh says what they do. The other bytes of a phase are announced by
+// `bytes`.
+void init_mbarrier(void* bar, int arrivals, Site site);
+void fence_mbarriers();
+void arrive_at_mbarrier(void* bar, int bytes, const char* name, Site site);
+void wait_for_mbarrier(void* bar, int parity, Site site);
+
+// What TMA copies: of a tensor of 2-byte elements the box (1, 1, rows, 64) that begins at at[3] to at[0].
+struct Box {
+  const void* data;
+  int64_t size[4], strides[3];
+  int rows;
+  int64_t at[4];
+};
+void load_box(void* to, const Box& from, void* bar, Site site);
+
+// A wgmma, as a lane hands it in.
+struct Product {
+  float (*d)[4];
+  uint64_t a, b;           // descriptors
+  uint32_t a_elements[4];  // a's, where it is in registers; then b is 16 x n and not n x 16
+  int n;
+  bool a_in_registers, add;
+  void (*widen)(const uint16_t* from, float* to, int n);
+};
+void start_product(const Product& product, const char* name, Site site);
+void fence_products(Site site);
+void commit_products(Site site);
+void wait_for_products(int pending, Site site);
 
 // One ldmatrix of the warp, for the counters: the 32 addresses of its rows.
 void count_matrix_rows(const void* const rows[32]);

@@ -15,8 +15,9 @@
       }(),                                                                         \
       sizeof(T) * (count))))
 
-#define DYNAMIC_SHARED(T, name) \
-  const ::fastgpt::cuda::Shared<T> name(static_cast<T*>(::fastgpt::emulator::dynamic_shared()))
+#define DYNAMIC_SHARED(T, name) DYNAMIC_SHARED_ALIGNED(T, name, 128)
+#define DYNAMIC_SHARED_ALIGNED(T, name, bytes) \
+  const ::fastgpt::cuda::Shared<T> name(static_cast<T*>(::fastgpt::emulator::dynamic_shared(bytes)))
 
 namespace fastgpt::cuda {
 

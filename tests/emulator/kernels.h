@@ -18,5 +18,6 @@ const std::map<std::string, Fault>& faults();
 // Kernels that each use one primitive. They read `in` and write `out`; what they hold, and what `n` is, each says.
 using Prim = void (*)(const void* in, void* out, int n);
 const std::map<std::string, Prim>& prims();
+const std::map<std::string, Prim>& prims_sm90();  // Hopper's
 
 }  // namespace fastgpt::cuda::testing

@@ -21,4 +21,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("prim", [](const std::string& name, uintptr_t in, uintptr_t out, int n) {
     prims().at(name)(reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), n);
   });
+#if defined(FASTGPT_EMULATE) || defined(FASTGPT_SM90)
+  m.def("prim_sm90", [](const std::string& name, uintptr_t in, uintptr_t out, int n) {
+    prims_sm90().at(name)(reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), n);
+  });
+#endif
 }
