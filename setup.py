@@ -184,9 +184,12 @@ def find_archs(nvcc: str) -> list[str]:
 
 def find_hopper(nvcc: str, arch_flags: list[str]) -> list[str]:
     """nvcc's flags for csrc/cuda/*_sm90.cu, whose instructions no other GPU has; without 9.0 they are left empty."""
-    if not any("compute_90" in flag for flag in arch_flags) or "sm_90a" not in ask(nvcc, "--list-gpu-code").stdout:
+    hopper = "-gencode=arch=compute_90a,code=sm_90a"
+    if not any("compute_90" in flag for flag in arch_flags):
         return arch_flags
-    return ["-gencode=arch=compute_90a,code=sm_90a", "-DFASTGPT_SM90A"]
+    # nvcc has known it since 12.0, and does not list it.
+    known = ask(nvcc, "--dryrun", hopper, "-x", "cu", "-c", os.devnull, "-o", os.devnull).returncode == 0
+    return [hopper, "-DFASTGPT_SM90A"] if known else arch_flags
 
 
 def jobs() -> str:

@@ -213,6 +213,7 @@ TEST_FILES = (
     "test_dropout.py",
     "test_adamw.py",
     "test_clip_grad_norm.py",
+    "test_cuda_hopper.py",
     "test_cuda.py",
     "test_triton.py",
     "test_compile.py",

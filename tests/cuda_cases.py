@@ -5,8 +5,10 @@ For tests that run the kernels in the emulator many times over: small, but of se
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from error_rule import sample
@@ -29,6 +31,12 @@ def cases() -> dict[str, Case]:
         "attention in bf16": both_ways(ops.attention, *heads(BF16, 3, 1, 150, 64), seqlens_k=seqlens_k, **drop),
         "attention in fp16, wide heads": both_ways(ops.attention, *heads(F16, 1, 1, 140, 256), is_causal=False),
         "attention in bf16, heads of 96": both_ways(ops.attention, *heads(BF16, 1, 1, 200, 96)),
+        "attention in Hopper's instructions": on_hopper(
+            both_ways(ops.attention, *heads(BF16, 1, 1, 400, 64), is_causal=False)
+        ),
+        "attention in Hopper's instructions, heads of 128": on_hopper(
+            both_ways(ops.attention, *heads(F16, 1, 1, 390, 128), **drop)
+        ),
         "attention_qkvpacked": both_ways(ops.attention_qkvpacked, sample(1, 130, 3, 2, 32, dtype=F16), **drop),
         "softmax": both_ways(ops.softmax, sample(2, 60, 50), is_causal=True),
         "softmax, rows of several warps": both_ways(ops.softmax, sample(3, 2049, dtype=BF16)),
@@ -65,6 +73,16 @@ def cases() -> dict[str, Case]:
         "clip_grad_norm_": clip(1.0),
         "clip_grad_norm_ that changes nothing": clip(1e6),
     }
+
+
+def on_hopper(case: Case) -> Case:
+    """With csrc/cuda/attention_fwd_sm90.cu for the forward."""
+
+    def run() -> list[Tensor]:
+        with mock.patch.dict(os.environ, FASTGPT_HOPPER_ATTENTION="1"):
+            return case()
+
+    return run
 
 
 def heads(dtype: torch.dtype, *shape: int) -> list[Tensor]:

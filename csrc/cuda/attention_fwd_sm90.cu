@@ -2,9 +2,10 @@
 // attention_fwd.cu computes, with products of four warps that read shared memory by themselves (wgmma) and tiles that
 // one thread has copied (TMA).
 //
-// A block has kWarpgroups warpgroups with 64 queries each, and a warp that does nothing but start copies: those of k
-// and v, 128 keys at a time, into a ring of two places each. Two barriers belong to a place: `full` ends a phase when
-// the tile has landed, `empty` when every warp is done with it. Nobody else waits for anybody.
+// A block has kWarpgroups warpgroups with 64 queries each, and one more, most of whose registers go to them: a single
+// thread of it starts the copies of k and v, 128 keys at a time, into a ring of two places each. Two barriers belong to
+// a place: `full` ends a phase when the tile has landed, `empty` when every warp is done with it. Nobody else waits for
+// anybody.
 //
 // A warpgroup starts the scores of a tile and then the weighted sum of the tile before: while the softmax of the one
 // goes through the CUDA cores, the tensor cores have the other to do. The weights never leave the registers.
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeaddim>::kThreads, 1)
   if (warp >= Shape::kConsumers) {
     give_registers<Shape::kCopyRegisters>();
     const int tiles = tiles_until(start_m + kBlockM - 1);
-    if (threadIdx.x % kWarpgroupSize > 0 || tiles == 0) return;
+    if (threadIdx.x % kWarpgroupSize > 0) return;
     mbar_arrive_expect(q_full, kBlockM * kHeaddim * 2);
     for (int column = 0; column < kHeaddim; column += 64) {
       tma_load(memory + kBlockM * column, q_map, q_full, column, start_m, at.h, at.b);
@@ -180,8 +181,8 @@ __global__ void __launch_bounds__(Sm90Shape<kHeaddim>::kThreads, 1)
     for (int i = 0; i < kBlockN / 16; ++i) pack_a<T>(weights[i], s[0], i);
   };
 
+  mbar_wait(q_full, 0);  // also where no key is seen: the output goes to its place
   if (tiles > 0) {
-    mbar_wait(q_full, 0);
     k.wait(0);
     start_scores(0);
     wgmma_wait<0>();
@@ -207,7 +208,9 @@ __global__ void __launch_bounds__(Sm90Shape<kHeaddim>::kThreads, 1)
   }
   softmax.finish(acc, a, at, first_row);
 
-  bar_sync(1 + warpgroup, kWarpgroupSize);  // no warp of the four needs q any more
+  // The output goes to q's place. Of the four warps, unseen by the emulator: there each reads its own rows of q, and
+  // PTX does not say which warp reads what for a product of all.
+  bar_sync(1 + warpgroup, kWarpgroupSize);
 #pragma unroll
   for (int column = 0; column < kHeaddim; column += 64) {
     const Tile<T, 16, 64> o_tile(memory + kBlockM * column + warp_row * 64);  // TMA's swizzle is that of such a tile
