@@ -173,9 +173,9 @@ void long_rows() {
   }
 }
 
-void attention(int64_t T, int64_t D, bool is_causal, bool drop) {
+void attention(int64_t T, int64_t D, bool is_causal, bool drop, bool padded = true) {
   const AttentionShape shape{2, 1, T, T, D};
-  const int32_t* seqlens_k = array<int32_t>(2, static_cast<int32_t>(T - 3));
+  const int32_t* seqlens_k = padded ? array<int32_t>(2, static_cast<int32_t>(T - 3)) : nullptr;
   for (const Dtype dtype : kDtypes) {
     const auto tensor = [&] { return Heads{numbers(dtype, 2 * T * D), T * D, T * D, D}; };
     const Heads q = tensor(), k = tensor(), v = tensor(), o = tensor();
@@ -220,6 +220,8 @@ void run_all() {
   long_rows();
   for (const int64_t D : {32, 64, 96, 128, 256}) attention(40, D, true, true);
   attention(130, 30, false, false);
+  setenv("FASTGPT_HOPPER_ATTENTION", "1", 1);
+  for (const int64_t D : {64, 128}) attention(200, D, D == 64, D == 64, false);
   lists();
 }
 
