@@ -268,7 +268,13 @@ MAPS = {
     "map_of_high_box": "boxes of 1 to 256 rows",
 }
 NO_FAULTS = ("barrier_after_some_left",)
-UNSEEN = ("race_between_blocks", "race_between_threads", "global_beyond_its_end")
+UNSEEN = (
+    "race_between_blocks",
+    "race_between_threads",
+    "race_past_an_mbarrier",
+    "race_with_a_box",
+    "global_beyond_its_end",
+)
 
 SCHEDULES = list(itertools.product(emulator.ORDERS, emulator.COPIES, (0, 1, 2)))
 

@@ -256,7 +256,9 @@ def test_the_kernels_run_clean_under_thread_sanitizer() -> None:
 
 
 @full
-@pytest.mark.parametrize("name", ["race_between_blocks", "race_between_threads"])
+@pytest.mark.parametrize(
+    "name", ["race_between_blocks", "race_between_threads", "race_past_an_mbarrier", "race_with_a_box"]
+)
 def test_thread_sanitizer_finds_a_race_on_global_memory(name: str) -> None:
     done = tsan.run(name)
     assert done.returncode == 66

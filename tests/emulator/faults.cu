@@ -814,6 +814,31 @@ __global__ void race_between_threads(bool planted, float* data) {
   stg(mine + tid(), x);
 }
 
+// The same across an mbarrier.
+__global__ void race_past_an_mbarrier(bool planted, float* data) {
+  SHARED(uint64_t, bar, 1);
+  float* mine = data + 64 * (blockIdx.x + 2 * blockIdx.y);
+  make_mbarriers(bar, 1, kThreads);
+  stg(mine + tid(), 1.0f);  // FAULT race_past_an_mbarrier
+  mbar_arrive(bar);
+  if (!planted) mbar_wait(bar, 0);
+  const float x = ldg(mine + (tid() + 1) % 64);
+  __syncthreads();
+  stg(mine + tid(), x);
+}
+
+// TMA reads what a thread writes.
+__global__ void race_with_a_box(bool planted, float* data, const __grid_constant__ TensorMap map) {
+  DYNAMIC_SHARED_ALIGNED(float, tile, 1024);
+  SHARED(uint64_t, full, 1);
+  const int block = static_cast<int>(blockIdx.x + 2 * blockIdx.y);
+  make_mbarriers(full, 1, 1);
+  if (planted && tid() == 63) stg(data + 256 * block, 1.0f);  // FAULT race_with_a_box
+  if (tid() == 0) mbar_arrive_expect(full, 1024);
+  if (tid() == 0) tma_load(tile, map, full, 0, 8 * block, 0, 0);
+  mbar_wait(full, 0);
+}
+
 // Beyond the 1024 floats there are.
 __global__ void global_beyond_its_end(bool planted, float* data) {
   const float x = ldg(data + (here(planted) ? 1024 : 0) + tid());  // FAULT global_beyond_its_end
@@ -921,6 +946,8 @@ const std::map<std::string, Fault>& faults() {
       RUN(shared_arrays_of_49_kib),
       RUN(race_between_blocks),
       RUN(race_between_threads),
+      RUN(race_past_an_mbarrier),
+      RUN_SM90(race_with_a_box),
       RUN(global_beyond_its_end),
       RUN(mbarrier_of_nobody),
       RUN(mbarrier_too_new),
