@@ -25,8 +25,9 @@ UNINITIALISED = (
     "lds reads uninitialised shared memory (or another thread has yet to write it, and no barrier lies between)"
 )
 
-# What the emulator says, in order, and of which thread of block (1, 1, 0); a block has (32, 2, 1) threads. {here} is
-# where the error is, at the line that says FAULT and not OTHER but for those AT_OTHER.
+# What the emulator says, in order, and of which thread of block (1, 1, 0). A block has (32, 2, 1) threads, or more in y
+# where they are a warpgroup. {here} is where the error is, at the line that says FAULT and not OTHER but for those
+# AT_OTHER.
 FAULTS = {
     "barrier_in_two_places": (
         "divergent barrier: __syncthreads is reached here, while thread 0 waits at {there}",
@@ -136,6 +137,116 @@ FAULTS = {
         "cp_async_16: the thread leaves the kernel, and this asynchronous copy has not been waited for",
         "(0, 0, 0)",
     ),
+    "mbarrier_of_nobody": ("mbar_arrive: no thread has initialised this mbarrier", "(31, 1, 0)"),
+    "mbarrier_too_new": (
+        "race: mbar_arrive reads shared memory that thread 0 wrote at {there}, and no barrier lies between",
+        "(1, 0, 0)",
+    ),
+    "mbarrier_made_twice": ("mbar_init: thread 0 has made this mbarrier at {there} already", "(0, 0, 0)"),
+    "mbarrier_of_no_arrivals": ("mbar_init: a phase has 1 to 1048575 arrivals, not 0", "(0, 0, 0)"),
+    "parity_of_two": ("mbar_wait: a parity is 0 or 1, not 2", "(31, 1, 0)"),
+    "mbarrier_not_waited_for": (
+        "race: lds reads shared memory that thread 63 wrote at {there}, and no barrier lies between",
+        "(0, 0, 0)",
+    ),
+    "lane_arrives_for_its_warp": (
+        "race: lds reads shared memory that thread 0 wrote at {there}, and no barrier lies between",
+        "(0, 1, 0)",
+    ),
+    "box_not_waited_for": ("lds: the copy of tma_load at {there} has not been waited for", "(30, 1, 0)"),
+    "lane_waits_for_its_warp": ("lds: the copy of tma_load at {there} has not been waited for", "(30, 1, 0)"),
+    "box_never_waited_for": ("tma_load: the block ends, and nobody has waited for this copy", "(0, 0, 0)"),
+    "one_arrival_too_many": (
+        "mbar_arrive_expect: this phase of the mbarrier has had all its arrivals (1)",
+        "(1, 0, 0)",
+    ),
+    "arrival_never_comes": (
+        "deadlock: no thread of the block can go on; threads 0 to 63 wait in mbar_wait at {here} for 1 arrival and "
+        "1024 bytes",
+        "(0, 0, 0)",
+    ),
+    "too_many_bytes_announced": (
+        "deadlock: no thread of the block can go on; threads 0 to 63 wait in mbar_wait at {here} for 512 bytes",
+        "(0, 0, 0)",
+    ),
+    "too_few_bytes_announced": (
+        "deadlock: no thread of the block can go on; threads 0 to 63 wait in mbar_wait at {here} for the announcement "
+        "of 128 bytes",
+        "(0, 0, 0)",
+    ),
+    "mbarrier_not_fenced": (
+        "tma_load: no mbar_fence_init of thread 0 has followed its mbar_init at {there}",
+        "(0, 0, 0)",
+    ),
+    "box_to_misaligned": (
+        "tma_load: its destination is no multiple of 1024 bytes from the begin of shared memory",
+        "(0, 0, 0)",
+    ),
+    "box_to_less_aligned_memory": (
+        "tma_load: the kernel's DYNAMIC_SHARED is aligned to 128 bytes, and TMA needs DYNAMIC_SHARED_ALIGNED to 1024",
+        "(0, 0, 0)",
+    ),
+    "box_to_an_array": ("tma_load: this is not in the dynamic shared memory", "(0, 0, 0)"),
+    "box_beyond_the_end": (
+        "tma_load: 16 bytes out of the bounds of the block's shared memory (at byte 24576 of an array of 24576)",
+        "(0, 0, 0)",
+    ),
+    "slot_not_waited_for": ("tma_load: the copy of tma_load at {here} has not been waited for", "(0, 0, 0)"),
+    "slot_released_for_a_warp": (
+        "race: tma_load writes shared memory that thread 33 read at {there}, and no barrier lies between",
+        "(0, 0, 0)",
+    ),
+    "product_without_fence": (
+        "wgmma_m64n128k16: no wgmma_fence lies between the kernel's begin or a wgmma_wait and this",
+        "(31, 0, 0)",
+    ),
+    "product_never_waited_for": (
+        "wgmma_m64n128k16: the warp leaves the kernel, and this product has not been waited for",
+        "(31, 0, 0)",
+    ),
+    "product_never_committed": (
+        "wgmma_m64n128k16: the warp leaves the kernel, and this product has not been waited for",
+        "(31, 0, 0)",
+    ),
+    "released_without_wgmma_wait": (
+        "race: tma_load writes shared memory that thread 0 read at {there}, and no barrier lies between",
+        "(0, 4, 0)",
+    ),
+    "released_before_wgmma_wait": (
+        "race: tma_load writes shared memory that thread 0 read at {there}, and no barrier lies between",
+        "(0, 4, 0)",
+    ),
+    "operand_overwritten": (
+        "race: wgmma_m64n128k16 reads shared memory until wgmma_wait, and thread 0's write at {there} comes before",
+        "(31, 0, 0)",
+    ),
+    "operand_not_waited_for": (
+        "wgmma_m64n128k16: the copy of tma_load at {there} has not been waited for",
+        "(30, 0, 0)",
+    ),
+    "descriptors_of_two_kinds": ("wgmma_m64n128k16: lanes 0 and 5 have different descriptors", "(30, 0, 0)"),
+    "some_lanes_add": ("wgmma_m64n128k16: of lanes 0 and 16 only one adds", "(30, 0, 0)"),
+    "warps_with_different_products": (
+        "wgmma_m64n128k16: warp 0, of the same warpgroup, has started another product in this one's place, at {here}",
+        "(30, 2, 0)",
+    ),
+    "warp_without_product": (
+        "wgmma: warp 0 of the warpgroup has started this product, and warp 3 leaves without",
+        "(0, 0, 0)",
+    ),
+    "product_of_a_fifth_warp": (
+        "wgmma_m64n128k16: warp 4 is not of four that are a warpgroup, in a block of 160 threads",
+        "(30, 4, 0)",
+    ),
+    "product_of_no_tile": (
+        "wgmma_m64n128k16: 0000004000000040 does not describe a matrix swizzled by 128 bytes",
+        "(30, 0, 0)",
+    ),
+    "product_beyond_the_end": (
+        "wgmma_m64n128k16: a descriptor leads to byte 24576 of 24576 of the dynamic shared memory",
+        "(30, 0, 0)",
+    ),
+    "address_of_an_array": ("shared_address: this is not in the dynamic shared memory", "(0, 0, 0)"),
     "shared_arrays_of_49_kib": (
         "SHARED: 50176 bytes of shared memory are more than a block can have in arrays (49152)",
         "(0, 0, 0)",
@@ -149,8 +260,21 @@ LAUNCHES = {
     "block_too_deep": "a block of (1, 1, 65) threads is not possible",
     "grid_too_high": "a grid of (1, 65536, 1) blocks is not possible",
 }
+MAPS = {
+    "map_of_misaligned_data": "data that is aligned to 16 bytes",
+    "map_of_no_size": "sizes of 1 to 2^32",
+    "map_of_odd_stride": "strides that are multiples of 16 bytes",
+    "map_of_large_stride": "strides below 2^40 bytes",
+    "map_of_high_box": "boxes of 1 to 256 rows",
+}
 NO_FAULTS = ("barrier_after_some_left",)
-UNSEEN = ("race_between_blocks", "race_between_threads", "global_beyond_its_end")
+UNSEEN = (
+    "race_between_blocks",
+    "race_between_threads",
+    "race_past_an_mbarrier",
+    "race_with_a_box",
+    "global_beyond_its_end",
+)
 
 SCHEDULES = list(itertools.product(emulator.ORDERS, emulator.COPIES, (0, 1, 2)))
 
@@ -179,7 +303,7 @@ def place(marker: str, name: str) -> str:
 
 
 def test_every_fault_has_its_sentence(kernels: ModuleType) -> None:
-    assert sorted(kernels.fault_names()) == sorted([*FAULTS, *LAUNCHES, *NO_FAULTS, *UNSEEN])
+    assert sorted(kernels.fault_names()) == sorted([*FAULTS, *LAUNCHES, *MAPS, *NO_FAULTS, *UNSEEN])
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -201,7 +325,7 @@ def test_a_fault_is_found_in_every_schedule(kernels: ModuleType, name: str) -> N
     for order, copies, seed in SCHEDULES:
         with emulator.schedule(order, copies, seed):
             said = said_of(kernels, name)
-        where = rf"\[kernel {name}, block \(1, 1, 0\), thread \(\d+, [01], 0\); "
+        where = rf"\[kernel {name}, block \(1, 1, 0\), thread \(\d+, [0-4], 0\); "
         assert re.search(rf"{where}order {order}, copies {copies}, seed {seed}\]$", said), said
         assert said.split(": ")[0] in lines
 
@@ -209,6 +333,11 @@ def test_a_fault_is_found_in_every_schedule(kernels: ModuleType, name: str) -> N
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_a_launch_that_no_gpu_takes_is_refused(kernels: ModuleType, name: str) -> None:
     assert said_of(kernels, name) == f"{place('FAULT', name)}: {LAUNCHES[name]} [kernel nothing]"
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_tensor_map_that_no_gpu_takes_is_refused(kernels: ModuleType, name: str) -> None:
+    assert said_of(kernels, name) == f"fastgpt: a tensor map needs {MAPS[name]}"
 
 
 def test_without_its_fault_no_kernel_is_accused(kernels: ModuleType) -> None:
@@ -269,7 +398,13 @@ def test_after_an_error_all_is_as_before(kernels: ModuleType) -> None:
 def test_a_wait_that_is_switched_off_is_a_fault(kernels: ModuleType) -> None:
     """What the mutants of the kernels' tests rely on."""
     module = emulator.load()
-    for name, wait in (("read_after_write", "__syncthreads"), ("copy_not_waited_for", "cp_async_wait")):
+    waits = {
+        "read_after_write": "__syncthreads",
+        "copy_not_waited_for": "cp_async_wait",
+        "box_not_waited_for": "mbar_wait",
+        "product_never_waited_for": "wgmma_wait",
+    }
+    for name, wait in waits.items():
         run(kernels, name, False)
         line = int(place("OTHER", name).split(":")[1])
         ours = [w for w in module.waits() if w.file == "faults.cu" and w.name == wait and 0 < w.line - line < 4]

@@ -212,9 +212,11 @@ torch.testing.assert_close(
 
 @full
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_nvcc_compiles_the_kernels_of_the_primitives(tmp_path: Path) -> None:
-    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-Werror", "all-warnings", "-c", "-o", str(tmp_path / "prims.o")]
-    done = subprocess.run([*command, str(cuda_kernels.FOLDER / "prims.cu")], capture_output=True, text=True)
+@pytest.mark.parametrize(("source", "arch"), [("prims.cu", "80"), ("prims_sm90.cu", "90a")])
+def test_nvcc_compiles_the_kernels_of_the_primitives(source: str, arch: str, tmp_path: Path) -> None:
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = ["nvcc", "-std=c++17", target, "-Werror", "all-warnings", "-c", "-o", str(tmp_path / "prims.o")]
+    done = subprocess.run([*command, str(cuda_kernels.FOLDER / source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -254,7 +256,9 @@ def test_the_kernels_run_clean_under_thread_sanitizer() -> None:
 
 
 @full
-@pytest.mark.parametrize("name", ["race_between_blocks", "race_between_threads"])
+@pytest.mark.parametrize(
+    "name", ["race_between_blocks", "race_between_threads", "race_past_an_mbarrier", "race_with_a_box"]
+)
 def test_thread_sanitizer_finds_a_race_on_global_memory(name: str) -> None:
     done = tsan.run(name)
     assert done.returncode == 66

@@ -19,6 +19,9 @@ from fastgpt import emulator
 HALVES = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 SCHEDULES = [("in_order", "eager", 0), ("reversed", "lazy", 0), ("random", "eager", 1), ("skewed", "lazy", 2)]
+needs_hopper = pytest.mark.skipif(
+    not INTERPRETING and not cuda_kernels.has_hopper(), reason="it needs a GPU of compute capability 9.0"
+)
 only_emulated = pytest.mark.skipif(not INTERPRETING, reason="the emulator counts bank conflicts")
 
 
@@ -270,6 +273,109 @@ def test_random_words(seed: int) -> None:
     for i in range(n):
         assert tuple(got[i, 0].tolist()) == philox.philox((i, 3, 0, 0), key)
         assert tuple(got[i, 1].tolist()) == philox.philox((i, i, 2, 0), key)
+
+
+def run_sm90(name: str, x: Tensor, out: Tensor, n: int = 0) -> Tensor:
+    """The same of prims_sm90.cu; ``out`` itself stays as it is."""
+    x, out = x.contiguous().to(DEVICE), out.clone().to(DEVICE)
+    cuda_kernels.load().prim_sm90(name, x.data_ptr(), out.data_ptr(), n)
+    return out.cpu()
+
+
+@needs_hopper
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 12])
+def test_mbarriers_hand_a_ring_to_and_fro(n: int) -> None:
+    x = torch.randint(1000, (n, 32), dtype=torch.int32)
+    assert torch.equal(run_sm90("ring", x, ints(n, 32), n), x.roll(-1, 1)), "n phases of two barriers"
+
+
+BOXES = [
+    (0, 0, 0, 0),  # within
+    (8, 5, 2, 1),
+    (16, 0, 1, 1),
+    (3, 7, 1, 0),  # no multiple of 16 bytes
+    (32, 30, 0, 1),  # over the end of rows and columns
+    (79, 39, 2, 1),
+    (-5, -3, 1, 0),  # begins before
+    (-63, -15, 2, 1),
+    (80, 0, 0, 0),  # outside
+    (-64, 0, 0, 0),
+    (0, 40, 0, 0),
+    (0, -256, 1, 0),
+    (0, 0, 3, 0),
+    (0, 0, -1, 0),
+    (0, 0, 0, 2),
+    (0, 0, 0, -1),
+    (-(2**30), 2**30, 0, 0),
+]
+
+
+@needs_hopper
+@pytest.mark.parametrize("rows", [1, 16, 256])
+@pytest.mark.parametrize("at", BOXES, ids=str)
+def test_boxes_of_a_tensor(at: tuple[int, ...], rows: int) -> None:
+    x = torch.randint(-(2**15), 2**15, (2, 40, 3, 80)).to(torch.int16)
+    begin = torch.tensor([*at, 0, 0, 0, 0], dtype=torch.int32)
+    got = run_sm90(f"box_{rows}", torch.cat([begin.view(torch.int16), x.flatten()]), torch.ones(rows, 8, 8).short())
+    tensor, wanted = x.transpose(1, 2), torch.zeros(rows, 64, dtype=torch.int16)
+    if 0 <= at[3] < 2 and 0 <= at[2] < 3:
+        plane = tensor[at[3], at[2]]
+        r = [i for i in range(rows) if 0 <= at[1] + i < 40]
+        c = [i for i in range(64) if 0 <= at[0] + i < 80]
+        if r and c:
+            box = plane[at[1] + r[0] : at[1] + r[-1] + 1, at[0] + c[0] : at[0] + c[-1] + 1]
+            wanted[r[0] : r[-1] + 1, c[0] : c[-1] + 1] = box
+    chunks = torch.arange(8) ^ torch.arange(rows)[:, None] % 8
+    assert torch.equal(got.gather(1, chunks[:, :, None].expand(-1, -1, 8)).view(rows, 64), wanted)
+
+
+def hold_to_exact(got: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
+    a, b, c = a.double(), b.double(), c.double()
+    largest = (a.abs() @ b.abs() + c.abs()).amax()
+    assert (got.double() - (a @ b + c)).abs().amax() <= 2**-20 * largest
+
+
+@needs_hopper
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_wgmma_of_tiles(dtype: torch.dtype, add: bool) -> None:
+    """Two warpgroups, each with 64 rows of a tile; 16 columns after the other, of two times 64."""
+    a, b, c = torch.randn(128, 128).to(dtype), torch.randn(128, 128).to(dtype), torch.randn(128, 128)
+    got = run_sm90(f"wgmma_m64n128k16_{NAMES[dtype]}", torch.stack([a, b]), c, int(add))
+    hold_to_exact(got, a, b.T, c if add else torch.zeros_like(c))
+
+
+@needs_hopper
+@pytest.mark.parametrize("n", [64, 128])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_wgmma_of_registers(dtype: torch.dtype, n: int) -> None:
+    """16 rows after the other, of columns in one or two times 64."""
+    a, b, c = torch.randn(64, 64).to(dtype), torch.randn(64, n).to(dtype), torch.randn(64, n)
+    got = run_sm90(f"wgmma_m64n{n}k16_registers_{NAMES[dtype]}", torch.cat([a.flatten(), b.flatten()]), c)
+    hold_to_exact(got, a, b, c)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", HALVES)
+def test_wgmma_of_small_whole_numbers_is_exact(dtype: torch.dtype) -> None:
+    a, b = (torch.randint(-8, 9, (128, 128)).to(dtype) for _ in range(2))
+    c = torch.randint(-99, 99, (128, 128)).float()
+    got = run_sm90(f"wgmma_m64n128k16_{NAMES[dtype]}", torch.stack([a, b]), c, 1)
+    assert torch.equal(got, a.float() @ b.float().T + c)
+    a, b, c = a[:64, :64], b[:64], c[:64]
+    got = run_sm90(f"wgmma_m64n128k16_registers_{NAMES[dtype]}", torch.cat([a.flatten(), b.flatten()]), c)
+    assert torch.equal(got, a.float() @ b.float() + c)
+
+
+@only_emulated
+def test_products_and_copies_are_counted() -> None:
+    module = emulator.load()
+    module.reset_counters()
+    run_sm90("wgmma_m64n128k16_bf16", torch.zeros(2, 128, 128, dtype=torch.bfloat16), floats(128, 128))
+    run_sm90("wgmma_m64n64k16_registers_bf16", torch.zeros(2, 64, 64, dtype=torch.bfloat16), floats(64, 64))
+    registers, tiles = module.counters().values()
+    assert (tiles.mma, tiles.copies) == (8 * 8 * 16, 4), "by each of 8 warps: 8 times 16 of m16n8k16"
+    assert (registers.mma, registers.copies) == (4 * 4 * 8, 1)
 
 
 def conflicts(name: str, n: int) -> int:

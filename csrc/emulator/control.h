@@ -19,7 +19,7 @@ enum class Order {
 
 struct Settings {
   Order order = Order::in_order;
-  bool lazy_copies = false;  // cp_async's data arrives when it is waited for, and not before
+  bool lazy_copies = false;  // what cp_async, TMA and wgmma bring arrives when it is waited for, and not before
   uint64_t seed = 0;         // of everything that is random: the same seed, the same run
   int workers = 0;           // OS threads; 0: one for each core
   bool count_banks = false;  // bank conflicts of lds, sts and cp_async, too (ldmatrix's always are); slow
@@ -33,9 +33,9 @@ struct Counters {
   int64_t launches = 0;
   int64_t blocks = 0;
   int64_t barriers = 0;  // completed ones of blocks and named ones, not of warps
-  int64_t mma = 0;
+  int64_t mma = 0;       // of m16n8k16; a warp's part of a wgmma counts as what it is made of
   int64_t ldmatrix = 0;
-  int64_t copies = 0;           // of 16 bytes, asynchronous
+  int64_t copies = 0;           // asynchronous ones, of 16 bytes, or TMA's of a box
   int64_t shared_accesses = 0;  // lds and sts, by thread
   int64_t bank_conflicts = 0;   // phases of a warp's access to shared memory beyond those that its size needs
 };
@@ -44,7 +44,7 @@ struct Counters {
 std::map<std::string, Counters> counters();
 void reset_counters();
 
-// A place that waits: __syncthreads, __syncwarp, bar_sync or cp_async_wait.
+// A place that waits: __syncthreads, __syncwarp, bar_sync, cp_async_wait, mbar_wait or wgmma_wait.
 struct Wait {
   std::string name, file;
   int line;

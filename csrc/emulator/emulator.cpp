@@ -448,7 +448,6 @@ struct Block {
     }
     forget_arrays();
     dynamic_bytes = shared_bytes;
-    dynamic_alignment = 0;
     if (shared_bytes) add_array(&kDynamicTag, shared_bytes);
     release(&sanitizer_begin);
   }
@@ -481,6 +480,7 @@ struct Block {
     random.seed(seed);
     for (Array& array : arrays) memset(array.data, 0xff, array.bytes);  // NaN in every dtype
     for (Barrier& barrier : barriers) barrier = {};
+    dynamic_alignment = 0;
     mbarriers.clear();
     for (auto& started : products) started.clear();
     std::array<uint32_t, kMaxWarps> priority;
@@ -782,7 +782,7 @@ struct Block {
     Fiber& fiber = self();
     Warp& warp = *fiber.warp;
     Mbarrier& bar = mbarrier_at(address, name, site);
-    if (bar.lacks == 0) fail(site, "%s: all %d arrivals of this phase have come before", name, bar.arrivals);
+    if (bar.lacks == 0) fail(site, "%s: this phase of the mbarrier has had all its arrivals (%d)", name, bar.arrivals);
     if (bytes < 0 || bytes > kMaxCount || bar.lacks_bytes + bytes > kMaxCount) {
       fail(site, "%s: an mbarrier cannot wait for more than %d bytes, or for less than none", name, kMaxCount);
     }
@@ -1014,7 +1014,7 @@ struct Block {
       Cell* cell = cells(at_address(address, name, site), 16, name, site);
       for (int i = 0; i < 8; ++i) {
         require_readable(cell[i], before(cell[i].write, mine.known), name, site);
-        note_read(cell[i], stamp(self(), mine.site), self());
+        note_read(cell[i], stamp(*warp.lane[0], mine.site), *warp.lane[0]);
       }
     });
     if (!settings.lazy_copies) {
@@ -1124,7 +1124,7 @@ struct Block {
                  is_box(write) ? "tma_load" : formatted("thread %d's write", write.thread).c_str(),
                  place(write.site).c_str());
           }
-          note_read(cell[i], stamp(self(), mine.site), self());
+          note_read(cell[i], stamp(*warp.lane[0], mine.site), *warp.lane[0]);
         }
       });
       if (!settings.lazy_copies) continue;

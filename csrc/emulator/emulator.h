@@ -104,8 +104,7 @@ void copy_async(void* to, const void* from, bool valid, Site site);
 void commit_async();
 void wait_async(int pending, Site site);
 
-// Barriers in shared memory: cuda/prims_sm90.cuh says what they do. The other bytes of a phase are announced by
-// `bytes`.
+// Barriers in shared memory: cuda/prims_sm90.cuh says what they do. Who arrives announces that so many bytes will land.
 void init_mbarrier(void* bar, int arrivals, Site site);
 void fence_mbarriers();
 void arrive_at_mbarrier(void* bar, int bytes, const char* name, Site site);

@@ -16,7 +16,6 @@ inline TensorMap make_tensor_map(const TensorMapShape& x) {
     if (!fine) throw std::runtime_error(std::string("fastgpt: a tensor map needs ") + what);
   };
   require(reinterpret_cast<uintptr_t>(x.data) % 16 == 0, "data that is aligned to 16 bytes");
-  require(x.data != nullptr, "data, and has a null pointer");
   for (const int64_t size : x.size) require(size >= 1 && size <= int64_t{1} << 32, "sizes of 1 to 2^32");
   for (const int64_t stride : x.strides) {
     require(stride % 8 == 0, "strides that are multiples of 16 bytes");

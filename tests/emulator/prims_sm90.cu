@@ -185,8 +185,8 @@ const std::map<std::string, Prim>& prims_sm90() {
       {"box_256", load_box<256>},
       {"wgmma_m64n128k16_bf16", of_tiles<bf16>},
       {"wgmma_m64n128k16_fp16", of_tiles<fp16>},
-      {"wgmma_m64n64k16_bf16", of_registers<bf16, 8>},
-      {"wgmma_m64n64k16_fp16", of_registers<fp16, 8>},
+      {"wgmma_m64n64k16_registers_bf16", of_registers<bf16, 8>},
+      {"wgmma_m64n64k16_registers_fp16", of_registers<fp16, 8>},
       {"wgmma_m64n128k16_registers_bf16", of_registers<bf16, 16>},
       {"wgmma_m64n128k16_registers_fp16", of_registers<fp16, 16>},
   };
