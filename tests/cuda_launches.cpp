@@ -82,10 +82,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
   *value = what == cudaDevAttrComputeCapabilityMajor ? 9 : what == cudaDevAttrComputeCapabilityMinor ? 0 : 99 << 10;
   return cudaSuccess;
 }
-int no_tensor_map() { return 0; }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+int no_driver() { return 0; }
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
-  *function = reinterpret_cast<void*>(no_tensor_map);
+  *function = reinterpret_cast<void*>(no_driver);
   *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

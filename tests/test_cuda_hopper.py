@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from conftest import INTERPRETING
@@ -73,6 +75,18 @@ def test_any_strides() -> None:
     check(ops.attention, "cuda", peer, apart)
     one = {name: sample(1, 64, 1, 64, dtype=F16).transpose(1, 2) for name in "qkv"}  # of one head there is no next
     check(ops.attention, "cuda", peer, one)
+    check(ops.attention, "cuda", peer, heads(1, 1, 64, 1, 64, dtype=BF16))
+
+
+@only_on_hopper
+def test_runs_on_a_thread_that_has_called_nothing_of_cuda() -> None:
+    inputs, results = heads(1, 1, 64, 64, 64, dtype=BF16), []
+    results += forward(**inputs)  # the memory that the thread is given is there already
+    thread = threading.Thread(target=lambda: results.extend(forward(**inputs)))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
 
 
 @only_emulated

@@ -49,9 +49,9 @@ struct Sm90Shape {
   static constexpr int kTile = kBlockN * kHeaddim;                            // elements of k or v
   static constexpr int kElements = kBlockM * kHeaddim + 2 * kStages * kTile;  // of q, and k and v kStages times
   static constexpr int kSharedBytes = kElements * 2 + (1 + 4 * kStages) * 8;  // and the barriers
-  // A warpgroup that sees no more keys leaves, and the tiles that it does not release are the last ones: the places
-  // that they are in are not filled again.
-  static_assert(kBlockM - 64 <= kBlockN && kStages >= 1);
+  // A warpgroup that sees no more keys leaves. What it does not release is the last tile alone, whose place is not
+  // filled again.
+  static_assert(kBlockM - 64 <= kBlockN);
 };
 
 // k and v, tile by tile, in their places, with their barriers.
@@ -61,11 +61,11 @@ class Ring {
   using Shape = Sm90Shape<kHeaddim>;
   FASTGPT_PRIM Ring(Shared<T> tiles, Shared<uint64_t> barriers) : tiles_(tiles), barriers_(barriers) {}
 
-  // By one thread.
-  FASTGPT_PRIM void init() const {
+  // By one thread; that many warpgroups are to release each tile.
+  FASTGPT_PRIM void init(int warpgroups) const {
     for (int i = 0; i < Shape::kStages; ++i) {
       mbar_init(full(i), 1);
-      mbar_init(empty(i), Shape::kConsumers);
+      mbar_init(empty(i), warpgroups * 4);
     }
   }
   // Starts to copy the keys' tile j, as soon as its place is free. By one thread.
@@ -101,18 +101,20 @@ __global__ void __launch_bounds__(Sm90Shape<kHeaddim>::kThreads, 1)
   const Shared<T> keys = memory + kBlockM * kHeaddim, values = keys + Shape::kStages * Shape::kTile;
   const Shared<uint64_t> q_full = (memory + Shape::kElements).template as<uint64_t>();
   const Ring<T, kHeaddim> k(keys, q_full + 1), v(values, q_full + 1 + 2 * Shape::kStages);
-  if (threadIdx.x == 0) {
-    mbar_init(q_full, 1);
-    k.init();
-    v.init();
-    mbar_fence_init();
-  }
-  __syncthreads();
 
   const int seqlen_q = static_cast<int>(a.shape.Tq), q_tiles = (seqlen_q + kBlockM - 1) / kBlockM;
   const Place at(a.shape, q_tiles);
   const int start_m = (q_tiles - 1 - at.tile) * kBlockM;
   const Visible visible(a.shape, nullptr, at.b, a.is_causal);
+  const int warpgroups = min(Shape::kWarpgroups, (seqlen_q - start_m + 63) / 64);  // that have a query
+  if (threadIdx.x == 0) {
+    mbar_init(q_full, 1);
+    k.init(warpgroups);
+    v.init(warpgroups);
+    mbar_fence_init();
+  }
+  __syncthreads();
+
   const int warp = __shfl_sync(kFullMask, warp_id(), 0);  // the compiler is to see that it is the same for all lanes
   // How many tiles of keys the queries up to this one see.
   const auto tiles_until = [&](int query) {
@@ -127,15 +129,18 @@ __global__ void __launch_bounds__(Sm90Shape<kHeaddim>::kThreads, 1)
     for (int column = 0; column < kHeaddim; column += 64) {
       tma_load(memory + kBlockM * column, q_map, q_full, column, start_m, at.h, at.b);
     }
-    for (int j = 0; j < tiles; ++j) {
-      k.fill(j, k_map, at);
+    if (tiles > 0) k.fill(0, k_map, at);
+    for (int j = 0; j < tiles; ++j) {  // in the order in which they are used
+      if (j + 1 < tiles) k.fill(j + 1, k_map, at);
       v.fill(j, v_map, at);
     }
     return;
   }
 
   take_registers<Shape::kRegisters>();
-  const int warpgroup = warp / 4, warp_row = warp * 16, first_row = start_m + warp_row;
+  const int warpgroup = warp / 4;
+  if (warpgroup >= warpgroups) return;
+  const int warp_row = warp * 16, first_row = start_m + warp_row;
   const int tiles = tiles_until(start_m + warpgroup * 64 + 63), all_see = visible.last(first_row);
   float acc[1][kD][4] = {}, s[1][kN][4], correction[2];
   uint32_t weights[kBlockN / 16][4];
@@ -186,6 +191,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeaddim>::kThreads, 1)
     k.wait(0);
     start_scores(0);
     wgmma_wait<0>();
+    wgmma_landed(s[0]);
     k.release(0);
     weigh(0);
     pack_weights();
@@ -195,16 +201,23 @@ __global__ void __launch_bounds__(Sm90Shape<kHeaddim>::kThreads, 1)
       v.wait(j - 1);
       start_sum(j - 1);
       wgmma_wait<1>();
+      wgmma_landed(s[0]);
       k.release(j);
       weigh(j);
       wgmma_wait<0>();
+      wgmma_landed(acc[0]);
       v.release(j - 1);
-      for (int h = 0; h < 2; ++h) multiply_rows(acc[0], h, correction[h]);
+      if (__any_sync(kFullMask, correction[0] != 1.0f || correction[1] != 1.0f)) {  // mostly in the first tiles
+#pragma unroll
+        for (int h = 0; h < 2; ++h) multiply_rows(acc[0], h, correction[h]);
+      }
       pack_weights();
     }
     v.wait(tiles - 1);
     start_sum(tiles - 1);
     wgmma_wait<0>();
+    wgmma_landed(acc[0]);
+    v.release(tiles - 1);
   }
   softmax.finish(acc, a, at, first_row);
 
@@ -229,7 +242,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeaddim>::kThreads, 1)
 
 // What TMA is to know of q, k or v, of which it copies `box_rows` rows at a time.
 TensorMap map_of(const Heads& x, const AttentionShape& s, int64_t rows, int box_rows) {
-  const auto stride = [](int64_t n, int64_t step) { return n == 1 ? 8 : step; };  // of one there is no next
+  const auto stride = [&](int64_t n, int64_t step) { return n == 1 ? s.D : step; };  // of one there is no next
   return make_tensor_map({x.data,
                           {s.D, rows, s.H, s.B},
                           {stride(rows, x.stride_t), stride(s.H, x.stride_h), stride(s.B, x.stride_b)},

@@ -36,22 +36,32 @@ struct TensorMap {
   CUtensorMap map;
 };
 
+// A function of the driver. It is asked of the runtime, so that nothing is linked to a driver that may not be there.
+template <class Function>
+Function* driver_function(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &result);
+#endif
+  if (error != cudaSuccess) cudaGetLastError();  // it is told here, and not to be found again by the next launch
+  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess || function == nullptr) {
+    throw std::runtime_error(std::string("fastgpt: the CUDA driver has no ") + name + "; it is older than CUDA 12.0");
+  }
+  return reinterpret_cast<Function*>(function);
+}
+
 // Throws std::runtime_error where the driver refuses.
 inline TensorMap make_tensor_map(const TensorMapShape& x) {
-  // The driver's function is asked of the runtime, so that nothing is linked to a driver that may not be there.
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    if (function == nullptr || result != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("fastgpt: the CUDA driver has no cuTensorMapEncodeTiled; it is older than CUDA 12.0");
-    }
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
+  static const auto current_context = driver_function<decltype(cuCtxGetCurrent)>("cuCtxGetCurrent");
+  static const auto encode = driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  // The driver wants a context, which a thread that has made no call of the runtime's, as autograd's may be, lacks.
+  CUcontext context = nullptr;
+  current_context(&context);
+  int device = 0;
+  if (context == nullptr && cudaGetDevice(&device) == cudaSuccess) cudaSetDevice(device);
   TensorMap made;
   cuuint64_t size[4], stride_bytes[3];
   for (int i = 0; i < 4; ++i) size[i] = static_cast<cuuint64_t>(x.size[i]);
@@ -128,6 +138,15 @@ FASTGPT_PRIM void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// What the compiler is not to move before the wgmma_wait above: reads of d. To it the products ended where they began.
+template <int kN>
+FASTGPT_PRIM void wgmma_landed(float (&d)[kN][4]) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+  }
+}
+
 // From here on each thread of the warpgroup has kRegisters, a multiple of 8 in [24, 256]: fewer than before, or more,
 // once other warpgroups have given theirs up. All four warps call it.
 template <int kRegisters>
@@ -139,7 +158,8 @@ FASTGPT_PRIM void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Register lists for the products below: 32 of d from d[n] on, and the names of the first 32 or 64 operands.
+// Pieces of the products below: 32 registers of d from d[n] on; the names of the first 32 or 64 operands; and what
+// comes before them, where operand `add` says whether the old d counts.
 #define FASTGPT_D4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define FASTGPT_D32(n)                                                                                          \
   FASTGPT_D4(n), FASTGPT_D4(n + 1), FASTGPT_D4(n + 2), FASTGPT_D4(n + 3), FASTGPT_D4(n + 4), FASTGPT_D4(n + 5), \
@@ -151,17 +171,19 @@ FASTGPT_PRIM void take_registers() {
   FASTGPT_NAMES_32                                                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
   "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTGPT_WGMMA(shape, dtype) "wgmma.mma_async.sync.aligned." shape ".f32." dtype "." dtype " "
+#define FASTGPT_WGMMA(shape, dtype, add)  \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " add \
+  ", 0;\n"                                \
+  "wgmma.mma_async.sync.aligned." shape ".f32." dtype "." dtype " "
 
 // d (64 x 128, fp32) = a (64 x 16) b^T, + d where `add`; b is 128 x 16. Both operands are in shared memory, as
 // wgmma_tile describes them. Warp w of the warpgroup has rows 16 * w to 16 * w + 15, as mma_m16n8k16's c: d[n] is of
 // columns 8 * n to 8 * n + 7.
 template <class T>
 FASTGPT_PRIM void wgmma_m64n128k16(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
-#define FASTGPT_WGMMA_AB(dtype)                                                                                     \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" FASTGPT_WGMMA("m64n128k16", dtype) FASTGPT_NAMES_64 \
-               "}, %64, %65, add, 1, 1, 0, 0;\n}"                                                                   \
-               : FASTGPT_D32(0), FASTGPT_D32(8)                                                                     \
+#define FASTGPT_WGMMA_AB(dtype)                                                                            \
+  asm volatile(FASTGPT_WGMMA("m64n128k16", dtype, "%66") FASTGPT_NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}" \
+               : FASTGPT_D32(0), FASTGPT_D32(8)                                                            \
                : "l"(a), "l"(b), "r"(static_cast<int>(add)))
   if constexpr (std::is_same_v<T, bf16>) {
     FASTGPT_WGMMA_AB("bf16");
@@ -175,14 +197,16 @@ FASTGPT_PRIM void wgmma_m64n128k16(float (&d)[16][4], uint64_t a, uint64_t b, bo
 template <class T, int kN>
 FASTGPT_PRIM void wgmma_m64k16(float (&d)[kN][4], const uint32_t (&a)[4], uint64_t b) {
   static_assert(kN == 8 || kN == 16);
-#define FASTGPT_WGMMA_B64(dtype)                                                                              \
-  asm volatile(FASTGPT_WGMMA("m64n64k16", dtype) FASTGPT_NAMES_32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;" \
-               : FASTGPT_D32(0)                                                                               \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define FASTGPT_WGMMA_B128(dtype)                                                                              \
-  asm volatile(FASTGPT_WGMMA("m64n128k16", dtype) FASTGPT_NAMES_64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;" \
-               : FASTGPT_D32(0), FASTGPT_D32(8)                                                                \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define FASTGPT_WGMMA_B64(dtype)                                         \
+  asm volatile(FASTGPT_WGMMA("m64n64k16", dtype, "%37") FASTGPT_NAMES_32 \
+               "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"            \
+               : FASTGPT_D32(0)                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1))
+#define FASTGPT_WGMMA_B128(dtype)                                         \
+  asm volatile(FASTGPT_WGMMA("m64n128k16", dtype, "%69") FASTGPT_NAMES_64 \
+               "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"             \
+               : FASTGPT_D32(0), FASTGPT_D32(8)                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1))
   if constexpr (kN == 8 && std::is_same_v<T, bf16>) {
     FASTGPT_WGMMA_B64("bf16");
   } else if constexpr (kN == 8) {

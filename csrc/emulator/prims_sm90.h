@@ -28,6 +28,10 @@ inline TensorMap make_tensor_map(const TensorMapShape& x) {
 // The emulator is every GPU.
 inline int compute_capability() { return 90; }
 
+// Here a product in flight has NaN in d, or what it will be.
+template <int kN>
+void wgmma_landed(float (&)[kN][4]) {}
+
 // Of registers there are as many as the C++ compiler finds.
 template <int kRegisters>
 void give_registers() {
