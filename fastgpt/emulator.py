@@ -183,8 +183,8 @@ def schedule(order: str = "in_order", copies: str = "eager", seed: int = 0, coun
     Args:
         order: which of a block's threads runs next: "in_order", "reversed", "random", or "skewed", where one warp runs
             as far ahead of the others as barriers let it.
-        copies: "eager", or "lazy": what ``cp_async_16`` or ``tma_load`` copies, and what ``wgmma`` computes, arrives when
-            it is waited for and not before.
+        copies: "eager", or "lazy": what ``cp_async_16`` or ``tma_load`` copies, and what ``wgmma`` computes, arrives
+            when it is waited for and not before.
         seed: of all that is random; the same seed gives the same run.
         count_banks: count the bank conflicts of every access to shared memory, not only those of ldmatrix. Slow.
 

@@ -174,6 +174,11 @@ FAULTS = {
         "of 128 bytes",
         "(0, 0, 0)",
     ),
+    "no_bytes_announced": (
+        "deadlock: no thread of the block can go on; threads 0 to 63 wait in mbar_wait at {here} for the announcement "
+        "of 1024 bytes",
+        "(0, 0, 0)",
+    ),
     "mbarrier_not_fenced": (
         "tma_load: no mbar_fence_init of thread 0 has followed its mbar_init at {there}",
         "(0, 0, 0)",

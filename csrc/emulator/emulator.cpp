@@ -815,6 +815,12 @@ struct Block {
 
   void end_phase(Mbarrier& bar) {
     if (bar.lacks != 0 || bar.lacks_bytes != 0) return;
+    for (const BoxCopy& copy : bar.copies) {
+      if (!copy.landed) {
+        fail(known_sites[copy.site].site,
+             "tma_load: the phase of its mbarrier ends before this copy has landed, whose bytes nobody has announced");
+      }
+    }
     bar.gathering[kMaxWarps + bar.number] = ++bar.phases;
     bar.released = bar.gathering;
     bar.here.fill(0);

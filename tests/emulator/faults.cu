@@ -459,6 +459,21 @@ __global__ void too_few_bytes_announced(bool planted, float*, const __grid_const
   mbar_wait(full, 0);  // FAULT too_few_bytes_announced
 }
 
+__global__ void no_bytes_announced(bool planted, float*, const __grid_constant__ TensorMap map) {
+  DYNAMIC_SHARED_ALIGNED(float, tile, 1024);
+  SHARED(uint64_t, full, 1);
+  make_mbarriers(full, 1, 1);
+  if (tid() == 0) {
+    tma_load(tile, map, full, 0, 0, 0, 0);  // OTHER no_bytes_announced
+    if (here(planted)) {
+      mbar_arrive(full);
+    } else {
+      mbar_arrive_expect(full, 1024);
+    }
+  }
+  mbar_wait(full, 0);  // FAULT no_bytes_announced
+}
+
 __global__ void mbarrier_not_fenced(bool planted, float*, const __grid_constant__ TensorMap map) {
   DYNAMIC_SHARED_ALIGNED(float, tile, 1024);
   SHARED(uint64_t, full, 1);
@@ -963,6 +978,7 @@ const std::map<std::string, Fault>& faults() {
       RUN_SM90(arrival_never_comes),
       RUN_SM90(too_many_bytes_announced),
       RUN_SM90(too_few_bytes_announced),
+      RUN_SM90(no_bytes_announced),
       RUN_SM90(mbarrier_not_fenced),
       RUN_SM90(box_to_misaligned),
       RUN_SM90(box_to_less_aligned_memory),
