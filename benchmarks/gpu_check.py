@@ -214,6 +214,7 @@ TEST_FILES = (
     "test_adamw.py",
     "test_clip_grad_norm.py",
     "test_cuda_hopper.py",
+    "test_prims.py",
     "test_cuda.py",
     "test_triton.py",
     "test_compile.py",
