@@ -154,7 +154,7 @@ FAULTS = {
         "(0, 1, 0)",
     ),
     "box_not_waited_for": ("lds: the copy of tma_load at {there} has not been waited for", "(30, 1, 0)"),
-    "lane_waits_for_its_warp": ("lds: the copy of tma_load at {there} has not been waited for", "(30, 1, 0)"),
+    "lane_waits_for_its_warp": ("lds: the copy of tma_load at {there} has not been waited for", "(31, 0, 0)"),
     "box_never_waited_for": ("tma_load: the block ends, and nobody has waited for this copy", "(0, 0, 0)"),
     "one_arrival_too_many": (
         "mbar_arrive_expect: this phase of the mbarrier has had all its arrivals (1)",
@@ -193,7 +193,7 @@ FAULTS = {
     ),
     "box_to_an_array": ("tma_load: this is not in the dynamic shared memory", "(0, 0, 0)"),
     "box_beyond_the_end": (
-        "tma_load: 16 bytes out of the bounds of the block's shared memory (at byte 24576 of an array of 24576)",
+        "tma_load: a box of 1024 bytes at byte 24576 of the 24576 of the dynamic shared memory",
         "(0, 0, 0)",
     ),
     "slot_not_waited_for": ("tma_load: the copy of tma_load at {here} has not been waited for", "(0, 0, 0)"),

@@ -873,7 +873,8 @@ struct Block {
       fail(site, "tma_load: no mbar_fence_init of thread %d has followed its mbar_init at %s", bar.thread,
            place(bar.site).c_str());
     }
-    if (address_of(to, name, site) % 1024 != 0) {
+    const uint32_t bytes = static_cast<uint32_t>(from.rows) * 128, at = address_of(to, name, site) - kDynamicAddress;
+    if (at % 1024 != 0) {
       fail(site, "tma_load: its destination is no multiple of 1024 bytes from the begin of shared memory");
     }
     if (dynamic_alignment < 1024) {
@@ -881,6 +882,10 @@ struct Block {
           site,
           "tma_load: the kernel's DYNAMIC_SHARED is aligned to %zu bytes, and TMA needs DYNAMIC_SHARED_ALIGNED to 1024",
           dynamic_alignment);
+    }
+    if (at + bytes > dynamic_bytes) {
+      fail(site, "tma_load: a box of %u bytes at byte %u of the %zu of the dynamic shared memory", bytes, at,
+           dynamic_bytes);
     }
     auto* begin = static_cast<unsigned char*>(to);
     const Stamp landing{static_cast<uint16_t>((kMaxWarps + bar.number) * 32), id_of(site), bar.phases};
@@ -891,7 +896,7 @@ struct Block {
     ++counters.copies;
     bar.copies.push_back({begin, from, bar.phases, false, fiber.linear, id_of(site)});
     if (settings.lazy_copies) {
-      memset(to, 0xff, static_cast<size_t>(from.rows) * 128);
+      memset(to, 0xff, bytes);
       wake_waiters(bar);
     } else {
       land_boxes(bar);

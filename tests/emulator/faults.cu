@@ -406,7 +406,11 @@ __global__ void lane_waits_for_its_warp(bool planted, float*, const __grid_const
   if (tid() == 0) tma_load(tile, map, full, 0, 0, 0, 0);  // OTHER lane_waits_for_its_warp
   __syncthreads();
   if (tid() % 32 == 0) mbar_wait(full, 0);
-  if (!here(planted)) __syncwarp();
+  if (here(planted)) {
+    __shfl_xor_sync(kFullMask, 1.0f, 1);  // orders no memory
+  } else {
+    __syncwarp();
+  }
   lds(tile + tid());  // FAULT lane_waits_for_its_warp
 }
 
