@@ -1,0 +1,563 @@
+"""`fastgpt bench scaling`: training speed and memory as the model, the sequences and the batch grow, beside PyTorch's.
+
+A case is a model, a length of sequences, a batch and a dtype. Its competitors (each backend, eager and compiled, and
+the peers likewise) start from the same weights. Each first makes a few steps that must give what plain PyTorch gives in
+fp32: whoever computes something else is named as wrong and never timed. Then they take turns on the same batches. A
+sample is a number of consecutive training steps, the same for all.
+
+- A step is the next batch ("data"), "forward", "backward", and clipping, AdamW and zero_grad ("optimizer").
+- Peak memory: what the weights and the optimizer hold, and what a step adds to that at most, as PyTorch's allocator
+  counts: on a CPU, what libraries allocate for themselves is not in it.
+- MFU: ``GPT.flops_per_token`` times tokens per second, over the peak that the GPU's maker states (``devices.py``; none
+  for a CPU or a GPU that is not in the table), and over the matrix product measured before the run.
+- The exponents: x, where milliseconds a token, or bytes of memory, grow as the x-th power of parameters, length or
+  batch; the slope of a line through the logarithms.
+
+The ladder goes on until memory ends: on a GPU when an allocation fails, on a CPU, where the system would kill the
+process first, when an estimate says so. On a GPU that cannot hold all competitors at once, those who are not in turn
+wait in the host's memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import GPT, dispatch
+from fastgpt.benchmarks import models, session
+from fastgpt.benchmarks.devices import model_flops_utilization
+from fastgpt.benchmarks.harness import (
+    FEWEST_ROUNDS,
+    Ceilings,
+    Contestant,
+    Sample,
+    interleave,
+    matmul_rate,
+    print_table,
+    ratios,
+)
+from fastgpt.benchmarks.machine import OtherWork
+from fastgpt.benchmarks.models import LADDER, Competitor, Mode, step
+from fastgpt.benchmarks.result import spread
+from fastgpt.benchmarks.session import MEMORY_ENDS, Outcome
+from fastgpt.config import GPTConfig, TrainConfig, UserError
+from fastgpt.data import Batches
+from fastgpt.placement import DTYPES
+
+PARTS = ("data", "forward", "backward", "optimizer")
+SAMPLE_SECONDS = 0.25
+CASE_SECONDS = 120.0  # beyond the fewest rounds
+MEMORY_SHARE = 0.9  # of what is free, that competitors may take
+MIB, GIB = 1 << 20, 1 << 30
+
+MODES: tuple[Mode, ...] = ("eager", "compile")
+PARAMETERS, BLOCK_SIZE, BATCH_SIZE = SWEEPS = ("parameters", "block_size", "batch_size")
+
+# What is measured where nothing else is asked for. The batches of the ladder have about the same number of tokens each.
+DEFAULT_DTYPES = {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}
+DEFAULT_TOKENS = {"cpu": 3072, "cuda": 16384}
+DEFAULT_SWEEP = {"cpu": "shakespeare", "cuda": "gpt2"}
+DEFAULT_BLOCK_SIZES = {"cpu": [64, 128, 256, 512], "cuda": [256, 512, 1024, 2048]}
+DEFAULT_BATCH_SIZES = {"cpu": [1, 4, 12, 24], "cuda": [1, 4, 16, 32]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says; an empty list takes the defaults of the device.
+
+    Args:
+        models: rungs of ``LADDER``.
+        sweep: the rung whose length of sequences and batch are varied; "" is the device's default.
+        block_sizes, batch_sizes: that it is measured with; [0] varies nothing.
+        tokens: of a batch, about, where the batch is not what is varied; 0 is the device's default.
+        nanogpt: a checkout.
+    Raises:
+        UserError: a name that is not there, or a number out of its range.
+    """
+
+    device: torch.device
+    models: list[str] = dataclasses.field(default_factory=list)
+    backends: list[str] = dataclasses.field(default_factory=list)
+    modes: list[str] = dataclasses.field(default_factory=list)
+    dtypes: list[str] = dataclasses.field(default_factory=list)
+    sweep: str = ""
+    block_sizes: list[int] = dataclasses.field(default_factory=list)
+    batch_sizes: list[int] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    dropout: float = 0.0
+    rounds: int = 15
+    nanogpt: Path | None = None
+
+    def __post_init__(self) -> None:
+        kind = self.device.type
+        session.fill_in(
+            self,
+            models=list(LADDER),
+            modes=list(MODES),
+            dtypes=DEFAULT_DTYPES[kind],
+            sweep=DEFAULT_SWEEP[kind],
+            block_sizes=DEFAULT_BLOCK_SIZES[kind],
+            batch_sizes=DEFAULT_BATCH_SIZES[kind],
+            tokens=DEFAULT_TOKENS[kind],
+        )
+        session.require_known("model", [*self.models, self.sweep], LADDER)
+        session.require_known("mode", self.modes, MODES)
+        session.require_known("dtype", self.dtypes, DTYPES)
+        for name, sizes in (("block-size", self.block_sizes), ("batch-size", self.batch_sizes)):
+            if sizes != [0]:
+                session.require_at_least(name, min(sizes), 1)
+        session.require_at_least("tokens", self.tokens, 1)
+        session.require_at_least("rounds", self.rounds, FEWEST_ROUNDS)
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout must be in [0, 1), got {self.dropout:g}")
+
+    def settings(self) -> dict[str, Any]:
+        """What a file says of them, and what must be the same where one is resumed."""
+        return session.settings_of(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Who takes turns: ``who`` on this model, batch and dtype."""
+
+    model: str
+    config: GPTConfig
+    train: TrainConfig
+    batch_size: int
+    dtype: str
+    who: tuple[tuple[str, Mode], ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, {self.batch_size} x {self.config.block_size} tokens, {self.dtype}"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.config.block_size
+
+    @property
+    def flops_per_token(self) -> int:
+        with torch.device("meta"):
+            return GPT(self.config).flops_per_token()
+
+    def key(self) -> dict[str, Any]:
+        return {
+            "model": models.describe_model(self.model, self.config),
+            "block_size": self.config.block_size,
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+        }
+
+
+def sweeps(options: Options, names: Sequence[str]) -> dict[str, list[Case]]:
+    """By what grows, the cases in which it does; some are in more than one list."""
+    who = tuple((name, mode) for name in names for mode in MODES if mode in options.modes)
+
+    def case(dtype: str, model: str, block_size: int = 0, batch_size: int = 0) -> Case:
+        config, train = LADDER[model]
+        config = dataclasses.replace(config, block_size=block_size or config.block_size, dropout=options.dropout)
+        return Case(model, config, train, batch_size or max(1, options.tokens // config.block_size), dtype, who)
+
+    def of(sizes: list[int], name: str) -> list[Case]:
+        varied = sorted(set(sizes) - {0})
+        return [case(dtype, options.sweep, **{name: size}) for dtype in options.dtypes for size in varied]
+
+    return {
+        PARAMETERS: [case(dtype, model) for dtype in options.dtypes for model in LADDER if model in options.models],
+        BLOCK_SIZE: of(options.block_sizes, BLOCK_SIZE),
+        BATCH_SIZE: of(options.batch_sizes, BATCH_SIZE),
+    }
+
+
+def scale(
+    options: Options, *, out: Path | None, resume: Path | None, limit_s: float | None, commit: str | None
+) -> bool:
+    """The command. See ``session.start`` and ``session.run`` for the arguments and for what is returned."""
+    backends, absent = models.choose_backends(options.backends, options.device)
+    found = sweeps(options, [*backends, *models.peers(options.nanogpt, options.device)])
+    result = session.start("scaling", options, out=out, resume=resume, commit=commit)
+    cases = list(dict.fromkeys(itertools.chain(*found.values())))
+    return session.run(
+        result,
+        cases,
+        Training(options).measure,
+        options.device,
+        absent,
+        limit_s=limit_s,
+        summarize=lambda rows: {"growth": growth(found, rows)},
+        show=show,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One case
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """Why a competitor is not timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A competitor that was found to be right, the bytes that it holds and that a step adds, and a step's seconds."""
+
+    competitor: Competitor
+    held: int
+    rise: int
+    seconds: float
+
+
+class Training:
+    """Measures cases; remembers where memory ended, so as not to try what is larger still."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.device = options.device
+        self.ended: dict[str, Case] = {}  # by dtype
+
+    def measure(self, case: Case, ceilings: Ceilings, others: OtherWork) -> Outcome:
+        """The rows of a case, and who has none."""
+        ended = self.ended.get(case.dtype)
+        if ended is not None and ended.key()["model"]["parameters"] < case.key()["model"]["parameters"]:
+            return self._nobody(case, f"{MEMORY_ENDS}: it did at {ended.name}")
+        with _compiling() if "compile" in self.options.modes else nullcontext():
+            batches = models.random_batches(case.config, case.batch_size, self.device)
+            try:
+                self._require_room(case, unfused=False)
+                torch.manual_seed(case.train.seed)
+                weights = GPT(case.config).state_dict()
+                truth = models.true_steps(case.config, case.train, weights, batches[0])
+            except (Refused, RuntimeError) as error:
+                reason = _reason(error)
+                if not reason.startswith(MEMORY_ENDS):
+                    raise
+                self.ended[case.dtype] = case
+                return self._nobody(case, reason)
+            ready, left_out = {}, {}
+            for name, mode in case.who:
+                self._free()
+                try:
+                    ready[f"{name}, {mode}"] = self._prepare(name, mode, case, weights, truth, batches)
+                except Exception as error:  # whatever one of them fails with, the others are to be timed
+                    left_out[f"{name}, {mode}"] = _reason(error)
+            if not ready and all(reason.startswith(MEMORY_ENDS) for reason in left_out.values()):
+                self.ended[case.dtype] = case
+            self._free()
+            return Outcome(self._time(case, ready, batches, ceilings, others) if ready else [], left_out)
+
+    def _nobody(self, case: Case, reason: str) -> Outcome:
+        return Outcome([], {f"{name}, {mode}": reason for name, mode in case.who})
+
+    def _require_room(self, case: Case, unfused: bool) -> None:
+        """
+        Raises:
+            Refused: on a CPU, where too much memory gets a process killed, there will not be enough.
+        """
+        free = free_bytes() if self.device.type == "cpu" else None
+        needed = estimated_bytes(case.config, case.batch_size, case.dtype, unfused)
+        if free is not None and needed > MEMORY_SHARE * free:
+            raise Refused(f"{MEMORY_ENDS}: it takes about {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free")
+
+    def _prepare(
+        self,
+        name: str,
+        mode: Mode,
+        case: Case,
+        weights: dict[str, Tensor],
+        truth: list[models.Checked],
+        batches: Batches,
+    ) -> Ready:
+        """
+        Raises:
+            Refused: its results are wrong, or there is no room for it.
+        """
+        self._require_room(case, unfused=name == "reference")
+        competitor = models.build_competitor(
+            name,
+            case.config,
+            case.train,
+            weights,
+            self.device,
+            dtype=DTYPES[case.dtype],
+            mode=mode,
+            nanogpt=self.options.nanogpt,
+        )
+        wrong = models.difference(models.first_steps(competitor, batches[0]), truth, DTYPES[case.dtype])
+        if wrong is not None:
+            raise Refused(wrong)
+        rise = memory_rise(lambda: take_sample(competitor, batches, 0, 1), self.device)
+        seconds = sum(take_sample(competitor, batches, 0, 1).values()) / 1e3
+        if self.device.type == "cuda":
+            competitor.move(torch.device("cpu"))  # the next one is to have the GPU for itself, too
+        return Ready(competitor, competitor.held_bytes(), rise, seconds)
+
+    def _time(
+        self, case: Case, ready: dict[str, Ready], batches: Batches, ceilings: Ceilings, others: OtherWork
+    ) -> list[dict[str, Any]]:
+        steps = max(1, math.ceil(SAMPLE_SECONDS / min(one.seconds for one in ready.values())))
+        swapping = False
+        if self.device.type == "cuda":
+            together = sum(one.held for one in ready.values()) + max(one.rise for one in ready.values())
+            swapping = together > MEMORY_SHARE * torch.cuda.mem_get_info(self.device)[0]
+            if not swapping:
+                for one in ready.values():
+                    one.competitor.move(self.device)
+        splits: dict[str, list[dict[str, float]]] = {label: [] for label in ready}
+        contestants = {
+            label: self._contestant(one.competitor, batches, steps, swapping, splits[label].append)
+            for label, one in ready.items()
+        }
+        with others:
+            samples = interleave(contestants, _time_of_its_own, self.options.rounds, CASE_SECONDS)
+        times = {label: [sample.ms for sample in of_one] for label, of_one in samples.items()}
+        rows = []
+        for label, one in ready.items():
+            name, mode, ms = one.competitor.name, one.competitor.mode, times[label]
+            kept = splits[label][-len(ms) :]  # those before were the warm-up
+            speed = spread(1e3 * case.tokens / sample for sample in ms)
+            flops = case.flops_per_token
+            others_ms = {peer: times[peer] for peer in ready if ready[peer].competitor.name not in dispatch.BACKENDS}
+            rows.append(
+                {
+                    **case.key(),
+                    "competitor": name,
+                    "mode": mode,
+                    "step_ms": spread(ms),
+                    "split_ms": {part: spread(split[part] for split in kept)["median"] for part in PARTS},
+                    "tokens_per_s": speed,
+                    "peak_memory_bytes": one.held + one.rise,
+                    "flops_per_token": flops,
+                    "mfu": model_flops_utilization(
+                        speed["median"] * flops,
+                        torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
+                        case.dtype,
+                        matmul_rate(ceilings, case.dtype),
+                    ),
+                    "samples_ms": ms,
+                    "ratios": {peer: ratios(ms, theirs) for peer, theirs in others_ms.items()}
+                    if name in dispatch.BACKENDS
+                    else {},
+                }
+            )
+        return rows
+
+    def _contestant(
+        self,
+        competitor: Competitor,
+        batches: Batches,
+        steps: int,
+        swapping: bool,
+        keep: Callable[[dict[str, float]], None],
+    ) -> Contestant:
+        """Each call is a sample; the n-th ones of all competitors are on the same batches."""
+        numbers = itertools.count()
+
+        def call(_: Any) -> float:
+            if swapping:
+                competitor.move(self.device)
+            split = take_sample(competitor, batches, next(numbers) * steps, steps)
+            if swapping:
+                competitor.move(torch.device("cpu"))
+            keep(split)
+            return sum(split.values())
+
+        return Contestant(call)
+
+    def _free(self) -> None:
+        """Give back what the one before has let go of."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _compiling() -> AbstractContextManager[Any]:
+    """Every competitor gets code of its own, however many there are, or fails: without this, torch.compile goes over to
+    eager mode at the ninth without a word that counts."""
+    import torch._dynamo.config  # takes a second to load
+
+    return torch._dynamo.config.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True)
+
+
+def _time_of_its_own(contestant: Contestant, stall_ms: float) -> Sample:
+    """The harness's timer of what takes its time itself."""
+    return Sample(contestant.call(contestant.prepare()), None)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, Refused) else session.reason_of(error)
+
+
+def take_sample(competitor: Competitor, batches: Batches, first: int, steps: int) -> dict[str, float]:
+    """Milliseconds a step, by part, over consecutive ``steps`` of training on the batches from ``first`` on."""
+    clock = StepClock(competitor.device)
+    gc.collect()
+    with competitor.scope():
+        clock("")
+        for index in range(first, first + steps):
+            batch = batches[index]
+            clock("data")
+            step(competitor, batch, clock)
+    return {part: ms / steps for part, ms in clock.milliseconds().items()}
+
+
+class StepClock:
+    """Called at the end of each part of a step, with its name: on a GPU by events, which wait for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.ends: list[tuple[str, Any]] = []
+
+    def __call__(self, part: str) -> None:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.ends.append((part, event))
+        else:
+            self.ends.append((part, time.perf_counter()))
+
+    def milliseconds(self) -> dict[str, float]:
+        """By part, from the end of the part before; the first call is where time begins."""
+        if self.on_gpu:
+            self.ends[-1][1].synchronize()
+        total = dict.fromkeys(PARTS, 0.0)
+        for (_, began), (part, ended) in itertools.pairwise(self.ends):
+            total[part] += began.elapsed_time(ended) if self.on_gpu else 1e3 * (ended - began)
+        return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def memory_rise(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that ``call`` holds at its worst moment beyond those that were held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports on stderr that it begins and ends
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def estimated_bytes(config: GPTConfig, batch_size: int, dtype: str, unfused: bool) -> int:
+    """What training takes, about: weights, gradients, AdamW's two means; the activations that wait for the backward
+    (Korthikanti et al., 2022, eq. 2: 34 bytes a token and width in 16 bits); logits and their gradient. ``unfused``:
+    the T x T matrices exist, some six in fp32 for each head."""
+    with torch.device("meta"):
+        parameters = GPT(config).num_params()
+    tokens = batch_size * config.block_size
+    wide = 2 if dtype == "fp32" else 1
+    activations = config.n_layer * tokens * config.n_embd * 34 * wide
+    matrices = config.n_layer * tokens * config.n_head * config.block_size * 24 if unfused else 0
+    return 16 * parameters + activations + matrices + 2 * 4 * tokens * config.padded_vocab_size
+
+
+def free_bytes() -> int | None:
+    """Memory that this process can still have; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) << 10
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def growth(found: dict[str, list[Case]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The exponents, for each sweep and competitor that has two cases of it at least.
+
+    Returns:
+        {"sweep", "competitor", "mode", "dtype", "points", "ms_per_token", "peak_memory_bytes"}: the last two are the
+        exponents by which those grow with what the sweep varies.
+    """
+    fitted = []
+    for sweep, cases in found.items():
+        lines: dict[tuple[str, str, str], list[tuple[float, float, float]]] = {}
+        for row, case in itertools.product(rows, cases):
+            if all(row[name] == value for name, value in case.key().items()):
+                size = row["model"][PARAMETERS] if sweep == PARAMETERS else row[sweep]
+                point = (size, row["step_ms"]["median"] / case.tokens, row["peak_memory_bytes"])
+                lines.setdefault((row["competitor"], row["mode"], row["dtype"]), []).append(point)
+        for (competitor, mode, dtype), points in lines.items():
+            if len(points) > 1:
+                sizes, times, memory = zip(*points, strict=True)
+                fitted.append(
+                    {
+                        "sweep": sweep,
+                        "competitor": competitor,
+                        "mode": mode,
+                        "dtype": dtype,
+                        "points": len(points),
+                        "ms_per_token": exponent(sizes, times),
+                        "peak_memory_bytes": exponent(sizes, memory),
+                    }
+                )
+    return fitted
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The slope of the straight line that is nearest, by least squares, to log(values) over log(sizes)."""
+    x, y = ([math.log(value) for value in of] for of in (sizes, values))
+    mean_x, mean_y = (math.fsum(of) / len(of) for of in (x, y))
+    covariance = math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return covariance / math.fsum((a - mean_x) ** 2 for a in x)
+
+
+def show(case: Case, outcome: Outcome) -> None:
+    """Print a case's table."""
+    peers = sorted({peer for row in outcome.rows for peer in row["ratios"]})
+    rows = []
+    for row in outcome.rows:
+        mfu = row["mfu"]
+        rows.append(
+            (
+                f"  {row['competitor']}, {row['mode']}",
+                "{median:.2f} ({min:.2f}, {max:.2f})".format_map(row["step_ms"]),
+                *(f"{row['split_ms'][part]:.2f}" for part in PARTS),
+                f"{row['tokens_per_s']['median']:,.0f}",
+                f"{row['peak_memory_bytes'] / MIB:,.0f}",
+                "" if mfu["of_peak"] is None else f"{mfu['of_peak']:.1%}",
+                f"{mfu['of_measured']:.1%}",
+                *("{median:.2f}x".format_map(row["ratios"][p]) if p in row["ratios"] else "" for p in peers),
+            )
+        )
+    headings = (
+        "ms a step (min, max)",
+        *PARTS,
+        "tokens/s",
+        "peak MiB",
+        "MFU",
+        "of matmul",
+        *(f"{p} / it" for p in peers),
+    )
+    if rows:
+        print_table((case.name, *headings), rows)
+    session.show_left_out(case, outcome)
