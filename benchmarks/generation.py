@@ -211,7 +211,7 @@ class Generation:
 
         def contestants(count: int) -> dict[str, Contestant]:
             return {
-                name: Contestant(lambda _, generator=generator: generator(idx, count, dtype))  # type: ignore[misc]
+                name: Contestant(lambda _, generator=generator: generator(idx, count, dtype))
                 for name, generator in ready.items()
             }
 

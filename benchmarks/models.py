@@ -177,9 +177,9 @@ def true_steps(config: GPTConfig, train: TrainConfig, weights: dict[str, Tensor]
     return found
 
 
-def first_steps(competitor: Competitor, batch: Batch) -> list[Checked]:
-    """The same of a competitor, without dropout, which each would draw otherwise."""
-    competitor.model.eval()
+def first_steps(competitor: Competitor, batch: Batch, dropout: float) -> list[Checked]:
+    """The same of a competitor, without dropout, for which each draws masks of its own."""
+    competitor.model.train(dropout == 0)  # another mode is another thing to compile
     with competitor.scope():
         steps = [step(competitor, batch) for _ in range(CHECKED_STEPS)]
     competitor.model.train()

@@ -294,7 +294,9 @@ class Training:
             mode=mode,
             nanogpt=self.options.nanogpt,
         )
-        wrong = models.difference(models.first_steps(competitor, batches[0]), truth, DTYPES[case.dtype])
+        wrong = models.difference(
+            models.first_steps(competitor, batches[0], case.config.dropout), truth, DTYPES[case.dtype]
+        )
         if wrong is not None:
             raise Refused(wrong)
         rise = memory_rise(lambda: take_sample(competitor, batches, 0, 1), self.device)
