@@ -27,12 +27,13 @@ from fastgpt.benchmarks.harness import (
     Contestant,
     interleave,
     print_table,
+    ratios,
     timer_for,
 )
 from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.models import LADDER, NANOGPT
 from fastgpt.benchmarks.plain import PlainGPT
-from fastgpt.benchmarks.result import spread
+from fastgpt.benchmarks.result import Result, spread
 from fastgpt.benchmarks.session import Outcome
 from fastgpt.config import GPTConfig, UserError
 from fastgpt.generate import generate
@@ -150,7 +151,14 @@ def cases(options: Options, who: list[str]) -> list[Case]:
     ]
 
 
-def run(options: Options, *, out: Path | None, resume: Path | None, limit_s: float | None, commit: str | None) -> bool:
+def run(
+    options: Options,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    limit_s: float | None = None,
+    commit: str | None = None,
+) -> Result:
     """The command. See ``session.start`` and ``session.run`` for the arguments and for what is returned."""
     backends, absent = models.choose_backends(options.backends, options.device)
     who = [*backends, NANOGPT] if options.nanogpt else backends
@@ -219,9 +227,10 @@ class Generation:
             first = interleave(contestants(1), self.timer, self.options.rounds, CASE_SECONDS)
             every = interleave(contestants(case.new_tokens), self.timer, self.options.rounds, CASE_SECONDS)
         tokens = case.batch_size * case.new_tokens
+        times = {name: [sample.ms for sample in of_one] for name, of_one in every.items()}
         rows = []
-        for name in ready:
-            ms = [sample.ms for sample in every[name]]
+        for name, ms in times.items():
+            peers = [NANOGPT] if name != NANOGPT and NANOGPT in times else []
             rows.append(
                 {
                     **case.key(),
@@ -229,6 +238,7 @@ class Generation:
                     "tokens_per_s": spread(1e3 * tokens / sample for sample in ms),
                     "first_token_ms": spread(sample.ms for sample in first[name])["median"],
                     "samples_ms": ms,
+                    "ratios": {peer: ratios(ms, times[peer]) for peer in peers},
                 }
             )
         return rows

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import GPT, dispatch, ops, use_backend
+from fastgpt.benchmarks.kernels import reason_not_to_time
 from fastgpt.benchmarks.plain import PlainGPT, plain_optimizer
 from fastgpt.config import PRESETS, GPTConfig, TrainConfig, UserError
 from fastgpt.data import Batches
@@ -202,16 +203,11 @@ def difference(found: list[Checked], truth: list[Checked], dtype: torch.dtype) -
 
 
 def usable_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The backends that run every op on ``device`` as it is meant to run, and of the others why not.
-
-    Triton's interpreter and the emulator of CUDA are for reading kernels and for testing them: they are not timed.
-    """
+    """The backends that run every op on ``device`` as it is meant to run, and of the others why not."""
     usable, absent = [], {}
     for backend in dispatch.BACKENDS:
-        reasons = [dispatch.reason_against(op, backend, device.type, torch.float32) for op in dispatch.OPS]
+        reasons = (reason_not_to_time(op, backend, device, torch.float32) for op in dispatch.OPS)
         reason = next(filter(None, reasons), None)
-        if reason is None and device.type == "cpu" and backend in ("triton", "cuda"):
-            reason = "it is made for GPUs: what runs it on cpu tensors is made for tests"
         if reason is None:
             usable.append(backend)
         else:

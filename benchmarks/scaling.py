@@ -1,7 +1,7 @@
 """`fastgpt bench scaling`: training speed and memory as the model, the sequences and the batch grow, beside PyTorch's.
 
-A case is a model, a length of sequences, a batch and a dtype. Its competitors (each backend, eager and compiled, and
-the peers likewise) start from the same weights. Each first makes a few steps that must give what plain PyTorch gives in
+A case is a model, a length of sequences and a batch. Its competitors (each backend, eager and compiled, in each dtype,
+and the peers likewise) start from the same weights. Each first makes a few steps that must give what plain PyTorch gives in
 fp32: whoever computes something else is named as wrong and never timed. Then they take turns on the same batches. A
 sample is a number of consecutive training steps, the same for all.
 
@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ from fastgpt.benchmarks.harness import (
 )
 from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.models import LADDER, Competitor, Mode, step
-from fastgpt.benchmarks.result import spread
+from fastgpt.benchmarks.result import Result, spread
 from fastgpt.benchmarks.session import MEMORY_ENDS, Outcome
 from fastgpt.config import GPTConfig, TrainConfig, UserError
 from fastgpt.data import Batches
@@ -127,20 +127,34 @@ class Options:
         return session.settings_of(self)
 
 
+class Entrant(NamedTuple):
+    """Who takes part, and how: a backend or a peer, eager or compiled, in fp32 or with autocast."""
+
+    name: str
+    mode: Mode
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.mode}, {self.dtype}"
+
+    @property
+    def ours(self) -> bool:
+        return self.name in dispatch.BACKENDS
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Who takes turns: ``who`` on this model, batch and dtype."""
+    """Who takes turns: ``who`` on this model and batch."""
 
     model: str
     config: GPTConfig
     train: TrainConfig
     batch_size: int
-    dtype: str
-    who: tuple[tuple[str, Mode], ...]
+    who: tuple[Entrant, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.model}, {self.batch_size} x {self.config.block_size} tokens, {self.dtype}"
+        return f"{self.model}, {self.batch_size} x {self.config.block_size} tokens"
 
     @property
     def tokens(self) -> int:
@@ -156,33 +170,39 @@ class Case:
             "model": models.describe_model(self.model, self.config),
             "block_size": self.config.block_size,
             "batch_size": self.batch_size,
-            "dtype": self.dtype,
         }
 
 
 def sweeps(options: Options, names: Sequence[str]) -> dict[str, list[Case]]:
     """By what grows, the cases in which it does; some are in more than one list."""
-    who = tuple((name, mode) for name in names for mode in MODES if mode in options.modes)
+    who = tuple(
+        Entrant(name, mode, dtype)
+        for dtype in options.dtypes
+        for name in names
+        for mode in MODES
+        if mode in options.modes
+    )
 
-    def case(dtype: str, model: str, block_size: int = 0, batch_size: int = 0) -> Case:
+    def case(model: str, block_size: int = 0, batch_size: int = 0) -> Case:
         config, train = LADDER[model]
         config = dataclasses.replace(config, block_size=block_size or config.block_size, dropout=options.dropout)
-        return Case(model, config, train, batch_size or max(1, options.tokens // config.block_size), dtype, who)
-
-    def of(sizes: list[int], name: str) -> list[Case]:
-        varied = sorted(set(sizes) - {0})
-        return [case(dtype, options.sweep, **{name: size}) for dtype in options.dtypes for size in varied]
+        return Case(model, config, train, batch_size or max(1, options.tokens // config.block_size), who)
 
     return {
-        PARAMETERS: [case(dtype, model) for dtype in options.dtypes for model in LADDER if model in options.models],
-        BLOCK_SIZE: of(options.block_sizes, BLOCK_SIZE),
-        BATCH_SIZE: of(options.batch_sizes, BATCH_SIZE),
+        PARAMETERS: [case(model) for model in LADDER if model in options.models],
+        BLOCK_SIZE: [case(options.sweep, block_size=T) for T in sorted(set(options.block_sizes) - {0})],
+        BATCH_SIZE: [case(options.sweep, batch_size=B) for B in sorted(set(options.batch_sizes) - {0})],
     }
 
 
 def scale(
-    options: Options, *, out: Path | None, resume: Path | None, limit_s: float | None, commit: str | None
-) -> bool:
+    options: Options,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    limit_s: float | None = None,
+    commit: str | None = None,
+) -> Result:
     """The command. See ``session.start`` and ``session.run`` for the arguments and for what is returned."""
     backends, absent = models.choose_backends(options.backends, options.device)
     found = sweeps(options, [*backends, *models.peers(options.nanogpt, options.device)])
@@ -225,17 +245,16 @@ class Training:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.device = options.device
-        self.ended: dict[str, Case] = {}  # by dtype
+        self.ended: Case | None = None
 
     def measure(self, case: Case, ceilings: Ceilings, others: OtherWork) -> Outcome:
         """The rows of a case, and who has none."""
-        ended = self.ended.get(case.dtype)
-        if ended is not None and ended.key()["model"]["parameters"] < case.key()["model"]["parameters"]:
-            return self._nobody(case, f"{MEMORY_ENDS}: it did at {ended.name}")
+        if self.ended is not None and _parameters(self.ended) < _parameters(case):
+            return _nobody(case, f"{MEMORY_ENDS}: it did at {self.ended.name}")
         with _compiling() if "compile" in self.options.modes else nullcontext():
             batches = models.random_batches(case.config, case.batch_size, self.device)
             try:
-                self._require_room(case, unfused=False)
+                self._require_room(case, "fp32", unfused=False)
                 torch.manual_seed(case.train.seed)
                 weights = GPT(case.config).state_dict()
                 truth = models.true_steps(case.config, case.train, weights, batches[0])
@@ -243,37 +262,34 @@ class Training:
                 reason = _reason(error)
                 if not reason.startswith(MEMORY_ENDS):
                     raise
-                self.ended[case.dtype] = case
-                return self._nobody(case, reason)
-            ready, left_out = {}, {}
-            for name, mode in case.who:
+                self.ended = case
+                return _nobody(case, reason)
+            ready: dict[Entrant, Ready] = {}
+            left_out = {}
+            for entrant in case.who:
                 self._free()
                 try:
-                    ready[f"{name}, {mode}"] = self._prepare(name, mode, case, weights, truth, batches)
+                    ready[entrant] = self._prepare(entrant, case, weights, truth, batches)
                 except Exception as error:  # whatever one of them fails with, the others are to be timed
-                    left_out[f"{name}, {mode}"] = _reason(error)
+                    left_out[str(entrant)] = _reason(error)
             if not ready and all(reason.startswith(MEMORY_ENDS) for reason in left_out.values()):
-                self.ended[case.dtype] = case
+                self.ended = case
             self._free()
             return Outcome(self._time(case, ready, batches, ceilings, others) if ready else [], left_out)
 
-    def _nobody(self, case: Case, reason: str) -> Outcome:
-        return Outcome([], {f"{name}, {mode}": reason for name, mode in case.who})
-
-    def _require_room(self, case: Case, unfused: bool) -> None:
+    def _require_room(self, case: Case, dtype: str, *, unfused: bool) -> None:
         """
         Raises:
             Refused: on a CPU, where too much memory gets a process killed, there will not be enough.
         """
         free = free_bytes() if self.device.type == "cpu" else None
-        needed = estimated_bytes(case.config, case.batch_size, case.dtype, unfused)
+        needed = estimated_bytes(case.config, case.batch_size, dtype, unfused)
         if free is not None and needed > MEMORY_SHARE * free:
             raise Refused(f"{MEMORY_ENDS}: it takes about {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free")
 
     def _prepare(
         self,
-        name: str,
-        mode: Mode,
+        entrant: Entrant,
         case: Case,
         weights: dict[str, Tensor],
         truth: list[models.Checked],
@@ -283,20 +299,20 @@ class Training:
         Raises:
             Refused: its results are wrong, or there is no room for it.
         """
-        self._require_room(case, unfused=name == "reference")
+        self._require_room(case, entrant.dtype, unfused=entrant.name == "reference")
+        dtype = DTYPES[entrant.dtype]
         competitor = models.build_competitor(
-            name,
+            entrant.name,
             case.config,
             case.train,
             weights,
             self.device,
-            dtype=DTYPES[case.dtype],
-            mode=mode,
+            dtype=dtype,
+            mode=entrant.mode,
             nanogpt=self.options.nanogpt,
         )
-        wrong = models.difference(
-            models.first_steps(competitor, batches[0], case.config.dropout), truth, DTYPES[case.dtype]
-        )
+        found = models.first_steps(competitor, batches[0], case.config.dropout)
+        wrong = models.difference(found, truth, dtype)
         if wrong is not None:
             raise Refused(wrong)
         rise = memory_rise(lambda: take_sample(competitor, batches, 0, 1), self.device)
@@ -306,7 +322,7 @@ class Training:
         return Ready(competitor, competitor.held_bytes(), rise, seconds)
 
     def _time(
-        self, case: Case, ready: dict[str, Ready], batches: Batches, ceilings: Ceilings, others: OtherWork
+        self, case: Case, ready: dict[Entrant, Ready], batches: Batches, ceilings: Ceilings, others: OtherWork
     ) -> list[dict[str, Any]]:
         steps = max(1, math.ceil(SAMPLE_SECONDS / min(one.seconds for one in ready.values())))
         swapping = False
@@ -316,41 +332,35 @@ class Training:
             if not swapping:
                 for one in ready.values():
                     one.competitor.move(self.device)
-        splits: dict[str, list[dict[str, float]]] = {label: [] for label in ready}
+        splits: dict[Entrant, list[dict[str, float]]] = {entrant: [] for entrant in ready}
         contestants = {
-            label: self._contestant(one.competitor, batches, steps, swapping, splits[label].append)
-            for label, one in ready.items()
+            str(entrant): self._contestant(one.competitor, batches, steps, swapping, splits[entrant].append)
+            for entrant, one in ready.items()
         }
         with others:
             samples = interleave(contestants, _time_of_its_own, self.options.rounds, CASE_SECONDS)
-        times = {label: [sample.ms for sample in of_one] for label, of_one in samples.items()}
+        times = {entrant: [sample.ms for sample in samples[str(entrant)]] for entrant in ready}
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        flops = case.flops_per_token
         rows = []
-        for label, one in ready.items():
-            name, mode, ms = one.competitor.name, one.competitor.mode, times[label]
-            kept = splits[label][-len(ms) :]  # those before were the warm-up
+        for entrant, ms in times.items():
             speed = spread(1e3 * case.tokens / sample for sample in ms)
-            flops = case.flops_per_token
-            others_ms = {peer: times[peer] for peer in ready if ready[peer].competitor.name not in dispatch.BACKENDS}
+            kept = splits[entrant][-len(ms) :]  # those before were the warm-up
+            measured = matmul_rate(ceilings, entrant.dtype)
             rows.append(
                 {
                     **case.key(),
-                    "competitor": name,
-                    "mode": mode,
+                    "dtype": entrant.dtype,
+                    "competitor": entrant.name,
+                    "mode": entrant.mode,
                     "step_ms": spread(ms),
                     "split_ms": {part: spread(split[part] for split in kept)["median"] for part in PARTS},
                     "tokens_per_s": speed,
-                    "peak_memory_bytes": one.held + one.rise,
+                    "peak_memory_bytes": ready[entrant].held + ready[entrant].rise,
                     "flops_per_token": flops,
-                    "mfu": model_flops_utilization(
-                        speed["median"] * flops,
-                        torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
-                        case.dtype,
-                        matmul_rate(ceilings, case.dtype),
-                    ),
+                    "mfu": model_flops_utilization(speed["median"] * flops, gpu, entrant.dtype, measured),
                     "samples_ms": ms,
-                    "ratios": {peer: ratios(ms, theirs) for peer, theirs in others_ms.items()}
-                    if name in dispatch.BACKENDS
-                    else {},
+                    "ratios": ratios_of(entrant, times),
                 }
             )
         return rows
@@ -382,6 +392,22 @@ class Training:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def ratios_of(entrant: Entrant, times: dict[Entrant, list[float]]) -> dict[str, dict[str, float]]:
+    """One of ours' ratio to each peer, who is named as "plain, eager", and with its dtype where that is another."""
+    if not entrant.ours:
+        return {}
+    names = {peer: f"{peer.name}, {peer.mode}" if peer.dtype == entrant.dtype else str(peer) for peer in times}
+    return {names[peer]: ratios(times[entrant], theirs) for peer, theirs in times.items() if not peer.ours}
+
+
+def _parameters(case: Case) -> int:
+    return case.key()["model"]["parameters"]
+
+
+def _nobody(case: Case, reason: str) -> Outcome:
+    return Outcome([], {str(entrant): reason for entrant in case.who})
 
 
 def _compiling() -> AbstractContextManager[Any]:
@@ -535,31 +561,25 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 def show(case: Case, outcome: Outcome) -> None:
     """Print a case's table."""
-    peers = sorted({peer for row in outcome.rows for peer in row["ratios"]})
     rows = []
     for row in outcome.rows:
         mfu = row["mfu"]
+        alike = [peer for peer in row["ratios"] if peer.count(",") == 1]  # of the same dtype
+        best = min(alike, key=lambda peer: row["ratios"][peer]["median"], default=None)
         rows.append(
             (
-                f"  {row['competitor']}, {row['mode']}",
+                f"  {row['competitor']}, {row['mode']}, {row['dtype']}",
                 "{median:.2f} ({min:.2f}, {max:.2f})".format_map(row["step_ms"]),
                 *(f"{row['split_ms'][part]:.2f}" for part in PARTS),
                 f"{row['tokens_per_s']['median']:,.0f}",
                 f"{row['peak_memory_bytes'] / MIB:,.0f}",
                 "" if mfu["of_peak"] is None else f"{mfu['of_peak']:.1%}",
                 f"{mfu['of_measured']:.1%}",
-                *("{median:.2f}x".format_map(row["ratios"][p]) if p in row["ratios"] else "" for p in peers),
+                "" if best is None else "{median:.2f}x ({min:.2f}, {max:.2f})".format_map(row["ratios"][best]),
+                best or "",
             )
         )
-    headings = (
-        "ms a step (min, max)",
-        *PARTS,
-        "tokens/s",
-        "peak MiB",
-        "MFU",
-        "of matmul",
-        *(f"{p} / it" for p in peers),
-    )
+    headings = ("ms a step (min, max)", *PARTS, "tokens/s", "peak MiB", "MFU", "of matmul", "best peer's / its", "")
     if rows:
         print_table((case.name, *headings), rows)
     session.show_left_out(case, outcome)

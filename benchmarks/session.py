@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 
 from fastgpt import dispatch
 from fastgpt.benchmarks.harness import Ceilings, drifted, first_line, measure_ceilings, progress_bar, timer_for
+from fastgpt.benchmarks.kernels import RESERVE_S, clean_up
 from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.models import NANOGPT
 from fastgpt.benchmarks.result import Result, describe, result_path
 from fastgpt.config import UserError
 
-RESERVE_S = 15.0  # of a run's time, for the ceilings at its end
 MEMORY_ENDS = "memory ends here"  # how such a reason begins; it is no fault
 _NO_CHECKOUT = "no checkout of it was named (--vs nanogpt=PATH)"
 
@@ -77,14 +76,14 @@ def start(kind: str, options: Any, *, out: Path | None, resume: Path | None, com
     Args:
         kind: of the file.
         options: what was asked for; has ``device``, ``nanogpt`` and ``settings()``.
-        out: the folder for a new file; None is benchmarks/results.
+        out: a new file; None gives it a name in benchmarks/results.
         resume: the file to go on with instead.
         commit: where git cannot tell.
     Raises:
         UserError: ``resume`` cannot be gone on with.
     """
     about = describe(kind, options.device, options.settings(), commit=commit, nanogpt=options.nanogpt)
-    return Result(resume or result_path(about, out), about, resume=resume is not None)
+    return Result(resume or out or result_path(about), about, resume=resume is not None)
 
 
 def run(
@@ -98,7 +97,7 @@ def run(
     summarize: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     show: Callable[[Any, Outcome], None],
     clock: Callable[[], float] = time.monotonic,
-) -> bool:
+) -> Result:
     """Measure the cases that the file has no rows of, and write each one's rows into it.
 
     Args:
@@ -110,7 +109,7 @@ def run(
         summarize: makes the file's "summary" from its rows; who was left out, and why, is added to it.
         show: prints a case's outcome.
     Returns:
-        Whether all went as it should: the run is valid, and there are no problems.
+        ``result``.
     """
     deadline = None if limit_s is None else clock() + limit_s - RESERVE_S
     if result.data["versions"]["nanogpt"] is None:
@@ -150,10 +149,8 @@ def run(
         summary=summary,
         others_cores=others.cores,
     )
-    for problem in result.data["problems"]:
-        print(problem)
-    print(f"{'valid' if result.data['valid'] else 'not valid'}: {result.path}")
-    return result.data["valid"] and not result.data["problems"]
+    print(others)
+    return result
 
 
 def problems_of(case: str, left_out: dict[str, str]) -> list[str]:
@@ -175,12 +172,3 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # of a GPU, of a CPU
         return f"{MEMORY_ENDS}: {first_line(error)}"
     return first_line(error)
-
-
-def clean_up(device: torch.device) -> None:
-    """Let go of what a case held and of what was compiled for it, and wait for the GPU."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
