@@ -1,9 +1,9 @@
 """`fastgpt bench scaling`: training speed and memory as the model, the sequences and the batch grow, beside PyTorch's.
 
 A case is a model, a length of sequences and a batch. Its competitors (each backend, eager and compiled, in each dtype,
-and the peers likewise) start from the same weights. Each first makes a few steps that must give what plain PyTorch gives in
-fp32: whoever computes something else is named as wrong and never timed. Then they take turns on the same batches. A
-sample is a number of consecutive training steps, the same for all.
+and the peers likewise) start from the same weights. Each first makes a few steps that must give what plain PyTorch
+gives in fp32: whoever computes something else is named as wrong and never timed. Then they take turns on the same
+batches. A sample is a number of consecutive training steps, the same for all.
 
 - A step is the next batch ("data"), "forward", "backward", and clipping, AdamW and zero_grad ("optimizer").
 - Peak memory: what the weights and the optimizer hold, and what a step adds to that at most, as PyTorch's allocator
@@ -430,7 +430,7 @@ def _reason(error: Exception) -> str:
 def take_sample(competitor: Competitor, batches: Batches, first: int, steps: int) -> dict[str, float]:
     """Milliseconds a step, by part, over consecutive ``steps`` of training on the batches from ``first`` on."""
     clock = StepClock(competitor.device)
-    gc.collect()
+    gc.collect(1)  # what the last sample left; all that PyTorch has loaded takes a fifth of a second to go through
     with competitor.scope():
         clock("")
         for index in range(first, first + steps):
