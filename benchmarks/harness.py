@@ -57,12 +57,11 @@ class Sample(NamedTuple):
 Timer = Callable[[Contestant, float], Sample]
 
 
-def timer_for(device: torch.device, *, hasty: bool = False) -> Timer:
-    """The clock of a device; ``hasty`` makes that of a CPU take one call for a sample, and leave the caches as they
-    are, which only shows that all runs."""
+def timer_for(device: torch.device, sample_seconds: float = SAMPLE_SECONDS) -> Timer:
+    """The clock of a device; on a CPU a sample takes ``sample_seconds``, and 0 leaves the caches as they are, too."""
     if device.type == "cuda":
         return CudaTimer(device)
-    return CpuTimer(0.0, 0) if hasty else CpuTimer(SAMPLE_SECONDS, 2 * _last_cache_bytes())
+    return CpuTimer(sample_seconds, 2 * _last_cache_bytes() if sample_seconds else 0)
 
 
 class CudaTimer:
@@ -146,8 +145,9 @@ def interleave(
     """
     stalls: dict[str, float] = {}
     for name, contestant in contestants.items():
-        timer(contestant, 0.0)  # compiles what is compiled at the first call
-        stalls[name] = 0.1 + 1.5 * max(timer(contestant, 1.0).host_ms or 0.0 for _ in range(WARMUP_ROUNDS))
+        stalls[name] = 0.0
+        for _ in range(1 if timer(contestant, 0.0).host_ms is None else WARMUP_ROUNDS):  # what compiles has done so now
+            stalls[name] = max(stalls[name], 0.1 + 1.5 * (timer(contestant, 1.0).host_ms or 0.0))
     began = clock()
     for name, contestant in contestants.items():
         timer(contestant, stalls[name])

@@ -267,11 +267,12 @@ class Training:
             ready: dict[Entrant, Ready] = {}
             left_out = {}
             for entrant in case.who:
-                self._free()
                 try:
                     ready[entrant] = self._prepare(entrant, case, weights, truth, batches)
                 except Exception as error:  # whatever one of them fails with, the others are to be timed
                     left_out[str(entrant)] = _reason(error)
+                if str(entrant) in left_out:
+                    self._free()
             if not ready and all(reason.startswith(MEMORY_ENDS) for reason in left_out.values()):
                 self.ended = case
             self._free()
@@ -388,7 +389,7 @@ class Training:
         return Contestant(call)
 
     def _free(self) -> None:
-        """Give back what the one before has let go of."""
+        """Give back what has been let go of."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
