@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from nanogpt_stub import write_checkout
 
-from fastgpt import GPT, dispatch, ops
+from fastgpt import GPT, cli, dispatch, ops
 from fastgpt.benchmarks import devices, models, result, scaling, session
 from fastgpt.benchmarks.kernels import say_how_it_ended
 from fastgpt.benchmarks.models import LADDER, PLAIN
@@ -26,49 +27,10 @@ TINY = {
 SETTINGS: dict[str, Any] = {"models": ["tiny"], "modes": ["eager"], "dtypes": ["fp32"], "sweep": "tiny", "tokens": 32}
 FIXED = {"block_sizes": [0], "batch_sizes": [0]}
 
-# What a checkout of nanoGPT has, as far as it is called: a model of its own in another vocabulary of settings.
-NANOGPT = """
-from dataclasses import dataclass
-import dataclasses, torch
-from fastgpt.benchmarks.plain import PlainGPT, plain_optimizer
-from fastgpt.config import GPTConfig as Shape, TrainConfig
-
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float
-    bias: bool
-
-class GPT(PlainGPT):
-    def __init__(self, config):
-        super().__init__(Shape(**dataclasses.asdict(config), gelu="none"), "naive")
-        print("number of parameters: 0.00M")
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        print("using fused AdamW: False")
-        train = TrainConfig(weight_decay=weight_decay, lr=learning_rate, beta1=betas[0], beta2=betas[1])
-        return plain_optimizer(self, train)
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        for _ in range(max_new_tokens):
-            logits = self(idx)[0][:, -1]
-            token = logits.argmax(-1, keepdim=True) if top_k == 1 else torch.multinomial(logits.softmax(-1), 1)
-            idx = torch.cat((idx, token), dim=1)
-        return idx
-"""
-
 
 @pytest.fixture
 def nanogpt(tmp_path: Path) -> Path:
-    checkout = tmp_path / "nanoGPT"
-    checkout.mkdir()
-    (checkout / "model.py").write_text(NANOGPT)
-    return checkout
+    return write_checkout(tmp_path / "nanoGPT")
 
 
 @pytest.fixture(autouse=True)
@@ -486,3 +448,35 @@ def test_mfu_stands_beside_the_measured_product():
         "of_measured": 0.5,
     }
     assert devices.model_flops_utilization(4e14, "another", "bf16", 8e14)["of_peak"] is None
+
+
+# The command line
+
+
+def test_the_command(tmp_path, nanogpt, monkeypatch, capsys):
+    path = tmp_path / "run.json"
+    command = (
+        "fastgpt bench scaling --model tiny --sweep tiny --block-size 0 --batch-size 0 --tokens 16 --backend torch "
+        f"--mode eager --dtype fp32 --dtype bf16 --vs nanogpt={nanogpt} --rounds 7 --device cpu --out {path}"
+    )
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code == 0
+    assert f"valid: {path}" in capsys.readouterr().out
+    rows = json.loads(path.read_text())["results"]
+    assert [(row["competitor"], row["dtype"]) for row in rows] == [
+        (name, dtype) for dtype in ("fp32", "bf16") for name in ("torch", PLAIN, "nanoGPT")
+    ]
+    assert rows[3]["ratios"].keys() == {
+        *("plain, eager", "nanoGPT, eager"),
+        *("plain, eager, fp32", "nanoGPT, eager, fp32"),
+    }
+
+
+def test_a_wrong_command_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fastgpt", "bench", "scaling", "--model=gpt5", "--device=cpu"])
+    with pytest.raises(SystemExit) as refused:
+        cli.main()
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.startswith("fastgpt: there is no model 'gpt5' to measure; there are ")
