@@ -57,7 +57,7 @@ class Options:
 
     Args:
         models: rungs of ``models.LADDER``.
-        contexts: tokens that are there before the first is drawn.
+        contexts: tokens that are there before the first is drawn; by default those that fit into every model.
         new_tokens: that are drawn; with the context they fit into every model's block_size.
         nanogpt: a checkout.
     Raises:
@@ -76,27 +76,25 @@ class Options:
 
     def __post_init__(self) -> None:
         kind = self.device.type
+        session.fill_in(self, models=DEFAULT_MODELS[kind], new_tokens=DEFAULT_NEW_TOKENS[kind])
+        session.require_known("model", self.models, LADDER)
+        room = min(LADDER[model][0].block_size for model in self.models) - self.new_tokens
         session.fill_in(
             self,
-            models=DEFAULT_MODELS[kind],
             dtypes=DEFAULT_DTYPES[kind],
             batch_sizes=DEFAULT_BATCH_SIZES[kind],
-            contexts=DEFAULT_CONTEXTS[kind],
-            new_tokens=DEFAULT_NEW_TOKENS[kind],
+            contexts=[context for context in DEFAULT_CONTEXTS[kind] if context <= room] or DEFAULT_CONTEXTS[kind][:1],
         )
-        session.require_known("model", self.models, LADDER)
         session.require_known("dtype", self.dtypes, DTYPES)
         session.require_at_least("batch-size", min(self.batch_sizes), 1)
         session.require_at_least("context", min(self.contexts), 1)
         session.require_at_least("new-tokens", self.new_tokens, CHECKED_TOKENS)
         session.require_at_least("rounds", self.rounds, FEWEST_ROUNDS)
-        for model in self.models:
-            block_size = LADDER[model][0].block_size
-            if max(self.contexts) + self.new_tokens > block_size:
-                raise UserError(
-                    f"{model} holds {block_size} tokens: a context of {max(self.contexts)} and {self.new_tokens} new "
-                    "ones are more"
-                )
+        if max(self.contexts) > room:
+            raise UserError(
+                f"--context {max(self.contexts)} and {self.new_tokens} new tokens do not fit into the "
+                f"{room + self.new_tokens} tokens of the smallest model"
+            )
 
     def settings(self) -> dict[str, Any]:
         """What a file says of them, and what must be the same where one is resumed."""

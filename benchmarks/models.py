@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +31,7 @@ from fastgpt.data import Batches
 from fastgpt.optim import build_optimizer, gradients
 
 VOCAB_SIZE = 65  # symbols of Tiny Shakespeare
-PLAIN, NANOGPT, NANOGPT_CUDNN = "plain", "nanoGPT", "nanoGPT with cuDNN"
+PLAIN, PLAIN_NAIVE, NANOGPT, NANOGPT_CUDNN = "plain", "plain naive", "nanoGPT", "nanoGPT with cuDNN"
 
 Mode = Literal["eager", "compile"]
 Batch = tuple[Tensor, Tensor]  # tokens and targets, both (B, T)
@@ -250,11 +250,14 @@ def choose_backends(wanted: list[str], device: torch.device) -> tuple[list[str],
     return (list(dict.fromkeys(wanted)), {}) if wanted else (usable, absent)
 
 
-def peers(nanogpt: Path | None, device: torch.device) -> list[str]:
-    """Names of those that are not fastgpt."""
-    if nanogpt is None:
-        return [PLAIN]
-    return [PLAIN, NANOGPT, NANOGPT_CUDNN] if device.type == "cuda" else [PLAIN, NANOGPT]
+def peers(backends: Sequence[str], nanogpt: Path | None, device: torch.device) -> list[str]:
+    """Names of those that are not fastgpt; beside the reference, what is likewise spelled out in tensor algebra."""
+    return [
+        PLAIN,
+        *([PLAIN_NAIVE] if "reference" in backends else []),
+        *([NANOGPT] if nanogpt else []),
+        *([NANOGPT_CUDNN] if nanogpt and device.type == "cuda" else []),
+    ]
 
 
 def parse_vs(text: str | None) -> Path | None:
@@ -286,8 +289,9 @@ def build_competitor(
     nanogpt: Path | None = None,
 ) -> Competitor:
     """The competitor of that name, a backend's or one of ``peers``, on ``device`` and ready to train."""
-    if name == PLAIN:
-        competitor = plain_competitor(name, PlainGPT(config, "fused").to(device), train, weights)
+    if name in (PLAIN, PLAIN_NAIVE):
+        model = PlainGPT(config, "fused" if name == PLAIN else "naive").to(device)
+        competitor = plain_competitor(name, model, train, weights)
     elif name in (NANOGPT, NANOGPT_CUDNN):
         assert nanogpt is not None
         competitor = nanogpt_competitor(name, nanogpt, config, train, weights, device)

@@ -205,7 +205,7 @@ def scale(
 ) -> Result:
     """The command. See ``session.start`` and ``session.run`` for the arguments and for what is returned."""
     backends, absent = models.choose_backends(options.backends, options.device)
-    found = sweeps(options, [*backends, *models.peers(options.nanogpt, options.device)])
+    found = sweeps(options, [*backends, *models.peers(backends, options.nanogpt, options.device)])
     result = session.start("scaling", options, out=out, resume=resume, commit=commit)
     cases = list(dict.fromkeys(itertools.chain(*found.values())))
     return session.run(
@@ -300,7 +300,7 @@ class Training:
         Raises:
             Refused: its results are wrong, or there is no room for it.
         """
-        self._require_room(case, entrant.dtype, unfused=entrant.name == "reference")
+        self._require_room(case, entrant.dtype, unfused=entrant.name in ("reference", models.PLAIN_NAIVE))
         dtype = DTYPES[entrant.dtype]
         competitor = models.build_competitor(
             entrant.name,

@@ -127,7 +127,7 @@ def test_a_run_is_resumed(tmp_path):
         ({"contexts": [-1]}, "--context must be at least 1"),
         ({"new_tokens": 3}, "--new-tokens must be at least 4"),
         ({"rounds": 6}, "--rounds must be at least 7"),
-        ({"contexts": [3, 12]}, "tiny holds 16 tokens: a context of 12 and 5 new ones are more"),
+        ({"contexts": [3, 12]}, "--context 12 and 5 new tokens do not fit into the 16 tokens of the smallest model"),
     ],
 )
 def test_settings_that_cannot_be_followed(settings, said):
@@ -136,4 +136,5 @@ def test_settings_that_cannot_be_followed(settings, said):
 
 
 def test_defaults_fit_their_models():
-    assert len(generation.cases(Options(CPU), ["torch"])) == 6
+    assert [case.context for case in generation.cases(Options(CPU, batch_sizes=[1]), ["torch"])] == [16, 64, 192]
+    assert Options(CPU, models=["shakespeare-cpu", "shakespeare"]).contexts == [16]

@@ -14,7 +14,7 @@ from nanogpt_stub import write_checkout
 from fastgpt import GPT, cli, dispatch, ops
 from fastgpt.benchmarks import devices, models, result, scaling, session
 from fastgpt.benchmarks.kernels import say_how_it_ended
-from fastgpt.benchmarks.models import LADDER, PLAIN
+from fastgpt.benchmarks.models import LADDER, PLAIN, PLAIN_NAIVE
 from fastgpt.benchmarks.scaling import Entrant, Options
 from fastgpt.config import PRESETS, GPTConfig, TrainConfig, UserError
 
@@ -58,7 +58,13 @@ def test_a_run_has_every_competitor_and_follows_the_schema(tmp_path, nanogpt, ca
     assert say_how_it_ended(file) == 0
     cases = {(row["model"]["name"], row["batch_size"]) for row in data["results"]}
     assert cases == {("tiny", 4), ("wider", 4), ("tiny", 2)}, "the ladder, and a batch that is not in it"
-    assert [row["competitor"] for row in data["results"]] == ["torch", "reference", "plain", "nanoGPT"] * 3
+    assert [row["competitor"] for row in data["results"]] == [
+        "torch",
+        "reference",
+        "plain",
+        "plain naive",
+        "nanoGPT",
+    ] * 3
     for row in data["results"]:
         assert row["block_size"] == 8
         assert 0 < sum(row["split_ms"].values()) <= 4 * row["step_ms"]["max"]
@@ -70,11 +76,17 @@ def test_a_run_has_every_competitor_and_follows_the_schema(tmp_path, nanogpt, ca
         assert row["model"]["parameters"] == 12 * width**2 + 33 * width + 3 * width
         assert row["flops_per_token"] == 6 * (12 * width**2 + 33 * width) + 12 * width * 8
         assert row["peak_memory_bytes"] > 4 * 4 * row["model"]["parameters"], "weights, gradients, and two means"
-        peers = {"plain, eager", "nanoGPT, eager"} if row["competitor"] in dispatch.BACKENDS else set()
+        peers = (
+            {"plain, eager", "plain naive, eager", "nanoGPT, eager"}
+            if row["competitor"] in dispatch.BACKENDS
+            else set()
+        )
         assert row["ratios"].keys() == peers
     lines = {(line["sweep"], line["competitor"], line["points"]) for line in data["summary"]["growth"]}
     assert lines == {
-        (sweep, name, 2) for sweep in ("parameters", "batch_size") for name in ("torch", "reference", PLAIN, "nanoGPT")
+        (sweep, name, 2)
+        for sweep in ("parameters", "batch_size")
+        for name in ("torch", "reference", PLAIN, PLAIN_NAIVE, "nanoGPT")
     }
     printed = capsys.readouterr().out
     assert "tiny, 4 x 8 tokens" in printed
@@ -223,6 +235,23 @@ def test_memory_is_counted_exactly():
     assert competitor.held_bytes() == weights
     models.step(competitor, models.random_batches(TINY["tiny"][0], 2)[0])
     assert 3 * weights <= competitor.held_bytes() <= 3 * weights + 4 * 100, "AdamW's two means, and its counts of steps"
+
+
+@pytest.mark.parametrize("name", ["torch", PLAIN])
+def test_what_is_moved_is_all_that_a_competitor_holds(name):
+    """It goes on from copies as if nothing had happened, and nobody looks at where they came from."""
+    weights, batch = GPT(TINY["tiny"][0]).state_dict(), models.random_batches(TINY["tiny"][0], 2)[0]
+    moved, stays = (models.build_competitor(name, *TINY["tiny"], weights, CPU) for _ in range(2))
+    losses = []
+    for competitor in (moved, stays):
+        with competitor.scope():
+            models.step(competitor, batch)
+            if competitor is moved:
+                for tensor, put in list(moved.tensors()):
+                    put(tensor.clone())
+                    tensor.fill_(float("nan"))
+            losses.append([models.step(competitor, batch).item() for _ in range(3)])
+    assert losses[0] == losses[1]
 
 
 def test_the_estimate_is_near_what_is_measured():
@@ -403,7 +432,10 @@ def test_compiled_competitors_agree_and_share_no_code(tmp_path, nanogpt):
     file = scaling.scale(given, out=tmp_path / "run.json")
     assert file.data["problems"] == []
     assert [(row["competitor"], row["mode"]) for row in file.rows] == [
-        (name, mode) for _ in range(2) for name in ("torch", "reference", PLAIN, "nanoGPT") for mode in modes
+        (name, mode)
+        for _ in range(2)
+        for name in ("torch", "reference", PLAIN, PLAIN_NAIVE, "nanoGPT")
+        for mode in modes
     ]
 
 
