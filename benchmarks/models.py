@@ -164,7 +164,7 @@ def true_steps(config: GPTConfig, train: TrainConfig, weights: dict[str, Tensor]
     """The first training steps on ``batch``, by plain PyTorch in fp32, a part of the batch at a time."""
     x, y = batch
     plain = plain_competitor(PLAIN, PlainGPT(config, "fused").to(x.device), train, weights)
-    sequences = max(1, TRUTH_TOKENS // x.shape[1])
+    sequences = truth_batch(config)
     found = []
     for _ in range(CHECKED_STEPS):
         plain.model.eval()  # without dropout
@@ -178,6 +178,11 @@ def true_steps(config: GPTConfig, train: TrainConfig, weights: dict[str, Tensor]
         plain.optimizer.step()
         plain.optimizer.zero_grad(set_to_none=True)
     return found
+
+
+def truth_batch(config: GPTConfig) -> int:
+    """Sequences in a forward pass of the truth."""
+    return max(1, TRUTH_TOKENS // config.block_size)
 
 
 def first_steps(competitor: Competitor, batch: Batch, dropout: float) -> list[Checked]:

@@ -62,7 +62,7 @@ MEMORY_SHARE = 0.9  # of what is free, that competitors may take
 MIB, GIB = 1 << 20, 1 << 30
 
 MODES: tuple[Mode, ...] = ("eager", "compile")
-PARAMETERS, BLOCK_SIZE, BATCH_SIZE = SWEEPS = ("parameters", "block_size", "batch_size")
+PARAMETERS, BLOCK_SIZE, BATCH_SIZE = "parameters", "block_size", "batch_size"
 
 # What is measured where nothing else is asked for. The batches of the ladder have about the same number of tokens each.
 DEFAULT_DTYPES = {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}
@@ -254,7 +254,7 @@ class Training:
         with _compiling() if "compile" in self.options.modes else nullcontext():
             batches = models.random_batches(case.config, case.batch_size, self.device)
             try:
-                self._require_room(case, "fp32", unfused=False)
+                self._require_room(case.config, min(case.batch_size, models.truth_batch(case.config)), "fp32")
                 torch.manual_seed(case.train.seed)
                 weights = GPT(case.config).state_dict()
                 truth = models.true_steps(case.config, case.train, weights, batches[0])
@@ -278,13 +278,13 @@ class Training:
             self._free()
             return Outcome(self._time(case, ready, batches, ceilings, others) if ready else [], left_out)
 
-    def _require_room(self, case: Case, dtype: str, *, unfused: bool) -> None:
+    def _require_room(self, config: GPTConfig, batch_size: int, dtype: str, *, unfused: bool = False) -> None:
         """
         Raises:
             Refused: on a CPU, where too much memory gets a process killed, there will not be enough.
         """
         free = free_bytes() if self.device.type == "cpu" else None
-        needed = estimated_bytes(case.config, case.batch_size, dtype, unfused)
+        needed = estimated_bytes(config, batch_size, dtype, unfused)
         if free is not None and needed > MEMORY_SHARE * free:
             raise Refused(f"{MEMORY_ENDS}: it takes about {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free")
 
@@ -300,7 +300,8 @@ class Training:
         Raises:
             Refused: its results are wrong, or there is no room for it.
         """
-        self._require_room(case, entrant.dtype, unfused=entrant.name in ("reference", models.PLAIN_NAIVE))
+        unfused = entrant.name in ("reference", models.PLAIN_NAIVE)
+        self._require_room(case.config, case.batch_size, entrant.dtype, unfused=unfused)
         dtype = DTYPES[entrant.dtype]
         competitor = models.build_competitor(
             entrant.name,

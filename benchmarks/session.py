@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -118,7 +119,7 @@ def run(
     before = result.data["ceilings"]["before"] or measure_ceilings(device, timer)
     result.update(ceilings={"before": before, "after": None}, absent=absent)
     others, left_out, missed = OtherWork(), {}, []
-    with progress_bar() as bar:
+    with progress_bar() as bar, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         task = bar.add_task(result.data["kind"], total=len(cases))
         for case in cases:
             bar.update(task, description=case.name)
