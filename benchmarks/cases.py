@@ -150,14 +150,14 @@ _TINY = Sizes(
 )
 _SMALL = Sizes(
     attention=((2, 6, 256, 64),),
-    softmax=((4096, 256),),
+    softmax=((2048, 256),),
     causal_softmax=((2, 6, 256),),
-    norm=((3072, 384),),
-    gelu=((3072, 1536),),
-    cross_entropy=((256, 50304),),
-    linear_cross_entropy=((256, 384, 4096),),
-    dropout=((3072, 384),),
-    model=_gpt(n_layer=3),
+    norm=((1536, 384),),
+    gelu=((1536, 1536),),
+    cross_entropy=((128, 50304),),
+    linear_cross_entropy=((256, 384, 2048),),
+    dropout=((1536, 384),),
+    model=_gpt(n_layer=2),
     variants=False,
 )
 _FULL_ON_CPU = Sizes(

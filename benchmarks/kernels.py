@@ -145,6 +145,7 @@ def measure(
     )
     ceilings = functools.partial(measure_ceilings, options.device, timer)
     file.update(absent=absent)
+    print(f"Each case goes into {file.path}; --resume goes on with it.")
     for name, reason in absent.items():
         print(f"{name} takes no part: {reason}")
     bench(file, todo, run, ceilings, functools.partial(clean_up, options.device), options.device, limit_s)

@@ -311,7 +311,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("steady")
-def test_a_run_its_file_and_its_continuation(
+def test_a_run_and_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "file.json"
@@ -343,14 +343,34 @@ def test_a_run_its_file_and_its_continuation(
     assert "marks reached" in printed
     assert f"valid: {path}" in printed
 
-    shortened = {**data, "results": data["results"][:2], "complete": False}
-    path.write_text(json.dumps(shortened))
-    assert command(monkeypatch, *SHORT, *few, "--resume", str(path)) == 0
-    again = json.loads(path.read_text())
-    assert again["results"][:2] == data["results"][:2]
-    assert [row["op"] for row in again["results"]] == ["gelu", "gelu", "clip_grad_norm_"]
     assert command(monkeypatch, *SHORT, "--resume", str(path)) == 2
     assert "cannot be resumed: it is of another choice of settings (only was" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_run_that_is_interrupted_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, few = tmp_path / "file.json", ("--only", "gelu, M", "--only", "softmax, M")
+    right, ran = kernels.run_case, []
+
+    def interrupted(case: Case, **arguments: Any) -> list[dict[str, Any]]:
+        ran.append(case.op)
+        if ran == ["softmax", "gelu"]:
+            raise KeyboardInterrupt
+        return right(case, **arguments)
+
+    monkeypatch.setattr(kernels, "run_case", interrupted)
+    assert command(monkeypatch, *SHORT, *few, "--out", str(path)) == 130
+    assert f"Each case goes into {path}" in capsys.readouterr().out
+    before = result.load(path)
+    assert ([row["op"] for row in before["results"]], before["complete"]) == (["softmax"] * 2, False)
+    assert command(monkeypatch, *SHORT, *few, "--resume", str(path)) == 0
+    assert ran == ["softmax", "gelu", "gelu"]
+    after = result.load(path)
+    assert result.violations(after) == []
+    assert after["results"][:2] == before["results"]
+    assert ([row["op"] for row in after["results"]], after["complete"]) == (["softmax"] * 2 + ["gelu"] * 2, True)
 
 
 @pytest.mark.usefixtures("steady")

@@ -330,7 +330,7 @@ def test_the_bench_stage_is_the_kernels_in_full(tmp_path: Path, monkeypatch: pyt
         gpu_check.main(["--stage", "bench", "--only", "softmax", "--out", "here", "--commit", "abc"])
     assert stop.value.code == 1, "there is a problem"
     options = asked.pop("options")
-    assert options == kernels.Options(torch.device("cuda"), "full", ("bf16",), only=("softmax",))
+    assert options == kernels.Options(torch.device("cuda"), "full", ("bf16",), only=("softmax",), seconds=2.0)
     assert asked == {"folder": Path("here"), "limit_s": gpu_check.LIMIT_S["bench"], "commit": "abc"}
     assert gpu_check.LIMIT_S["bench"] < 480
 
