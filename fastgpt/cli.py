@@ -429,6 +429,100 @@ def bench_kernels(
     raise typer.Exit(kernels.say_how_it_ended(file))
 
 
+_VsOption = Annotated[
+    str | None, typer.Option("--vs", metavar="nanogpt=PATH", help="a checkout of nanoGPT, which then competes too")
+]
+_BackendsOption = Annotated[
+    list[str] | None, typer.Option("--backend", help="repeatable; default: all that run every op on the device")
+]
+_ModelsOption = Annotated[list[str] | None, typer.Option("--model", help="a rung of the ladder; repeatable")]
+_DtypesOption = Annotated[list[str] | None, typer.Option("--dtype", help="fp32, bf16 or fp16; repeatable")]
+
+
+@bench.command("scaling")
+def bench_scaling(
+    model: _ModelsOption = None,
+    backend: _BackendsOption = None,
+    mode: Annotated[list[str] | None, typer.Option(help="eager or compile; repeatable; default: both")] = None,
+    dtype: _DtypesOption = None,
+    sweep: Annotated[str, typer.Option(metavar="MODEL", help="whose length and batch are varied")] = "",
+    block_size: Annotated[
+        list[int] | None, typer.Option(help="tokens of a sequence; repeatable; 0: do not vary it")
+    ] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="sequences; repeatable; 0: do not vary it")] = None,
+    tokens: Annotated[int, typer.Option(help="of a batch, about, where it is not what is varied")] = 0,
+    dropout: Annotated[float, typer.Option(help="of every model, in [0, 1)")] = 0.0,
+    rounds: Annotated[int, typer.Option(help="samples of each competitor at most")] = 15,
+    vs: _VsOption = None,
+    limit: _LimitOption = None,
+    out: _OutOption = None,
+    resume: _ResumeOption = None,
+    device: _DeviceOption = "auto",
+) -> None:
+    """Time training steps, and measure their memory, as the model, the sequences and the batch grow.
+
+    Every backend, eager and compiled, beside plain PyTorch and nanoGPT; who computes something else is not timed. The
+    ladder is shakespeare-cpu (0.8M parameters), small, shakespeare (11M), medium, gpt2 (124M), gpt2-medium, gpt2-large
+    and gpt2-xl (1558M), as far as memory reaches. Exit code 1: one of ours was wrong, or the machine did not stand
+    still.
+    """
+    from fastgpt.benchmarks import kernels, models, scaling
+
+    options = scaling.Options(
+        pick_device(device),
+        models=model or [],
+        backends=backend or [],
+        modes=mode or [],
+        dtypes=dtype or [],
+        sweep=sweep,
+        block_sizes=block_size or [],
+        batch_sizes=batch_size or [],
+        tokens=tokens,
+        dropout=dropout,
+        rounds=rounds,
+        nanogpt=models.parse_vs(vs),
+    )
+    file = scaling.scale(options, out=out, resume=resume, limit_s=limit)
+    raise typer.Exit(kernels.say_how_it_ended(file))
+
+
+@bench.command("generate")
+def bench_generate(
+    model: _ModelsOption = None,
+    backend: _BackendsOption = None,
+    dtype: _DtypesOption = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="sequences; repeatable")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="tokens before the first that is drawn; repeatable")] = None,
+    new_tokens: Annotated[int, typer.Option(help="tokens that are drawn")] = 0,
+    rounds: Annotated[int, typer.Option(help="samples of each competitor at most")] = 15,
+    vs: _VsOption = None,
+    limit: _LimitOption = None,
+    out: _OutOption = None,
+    resume: _ResumeOption = None,
+    device: _DeviceOption = "auto",
+) -> None:
+    """Time how fast text is generated, by the batch and by the length of what is there already.
+
+    The models are those of `fastgpt bench scaling`. Exit code 1: one of ours was wrong, or the machine did not stand
+    still.
+    """
+    from fastgpt.benchmarks import generation, kernels, models
+
+    options = generation.Options(
+        pick_device(device),
+        models=model or [],
+        backends=backend or [],
+        dtypes=dtype or [],
+        batch_sizes=batch_size or [],
+        contexts=context or [],
+        new_tokens=new_tokens,
+        rounds=rounds,
+        nanogpt=models.parse_vs(vs),
+    )
+    file = generation.run(options, out=out, resume=resume, limit_s=limit)
+    raise typer.Exit(kernels.say_how_it_ended(file))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # fastgpt tune
 # ---------------------------------------------------------------------------------------------------------------------
