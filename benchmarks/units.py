@@ -1,0 +1,39 @@
+"""Figures as people read them, for the report and its pictures."""
+
+from __future__ import annotations
+
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def digits(value: float) -> str:
+    """Three significant digits, all of those before the point: 0.0123, 1.23, 1,234."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 99.95:
+        return f"{value:,.0f}"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    if whole:
+        return f"{value:.{3 - whole}f}"
+    return f"{value:.3g}" if abs(value) >= 1e-4 else f"{value:.1e}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{digits(value)} ms"
+
+
+def quantity(value: float, unit: str) -> str:
+    """With a prefix of 1000s: 32.1 GB/s for 3.21e10 B/s."""
+    for size, prefix in _PREFIXES:
+        if value >= 0.9995 * size:
+            return f"{digits(value / size)} {prefix}{unit}"
+    return f"{digits(value)} {unit}"
+
+
+def percent(part: float) -> str:
+    """45%; with a digit after the point below ten."""
+    return f"{part:.0%}" if part >= 0.0995 else f"{part:.1%}"
+
+
+def times(ratio: float) -> str:
+    """2.20x."""
+    return f"{ratio:.2f}x" if ratio < 9.995 else f"{digits(ratio)}x"
