@@ -1,7 +1,7 @@
 """What became slower or faster from one result file to another; `fastgpt bench compare` prints it.
 
-Two runs of the same code differ: the machine's clock, its other programs and the samples' own noise change. So a time is
-called slower only if all of this holds:
+Two runs of the same code differ: the machine's clock, its other programs and the samples' own noise change. So a time
+is called slower only if all of this holds:
 
 - the median has grown by the threshold at least, and
 - the quartiles lie apart: three quarters of the new samples take longer than three quarters of the old ones;
@@ -20,6 +20,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from fastgpt.benchmarks.units import milliseconds, times
 from fastgpt.config import UserError
 from fastgpt.dispatch import BACKENDS
 
@@ -69,6 +70,12 @@ class Change:
     verdict: str
     reason: str = ""
 
+    def in_words(self) -> str:
+        if self.new_ms is None or self.slowdown is None:
+            return f"{milliseconds(self.old_ms)}, now not timed: {self.reason}"
+        beside = "" if self.beside_peers is None else f", {times(self.beside_peers)} beside its peers"
+        return f"{milliseconds(self.old_ms)}, now {milliseconds(self.new_ms)}: {times(self.slowdown)}{beside}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -79,6 +86,7 @@ class Comparison:
     only_old: list[str]
     only_new: list[str]
     notes: list[str]
+    threshold: float
 
     @property
     def regressions(self) -> list[Change]:
@@ -87,6 +95,21 @@ class Comparison:
     @property
     def improvements(self) -> list[Change]:
         return [change for change in self.changes if change.ours and change.verdict == FASTER]
+
+    def sentences(self) -> list[str]:
+        """What it comes to."""
+        ours = [change for change in self.changes if change.ours]
+        few = sum(change.verdict == UNKNOWN for change in ours)
+        return [
+            f"Of {len(ours)} times of ours, {len(self.regressions)} became slower and {len(self.improvements)} faster, "
+            f"by {self.threshold:.0%} or more and beyond the spread of the samples.",
+            *([f"{few} of them have fewer than {FEWEST_SAMPLES} samples, too few to tell."] if few else []),
+            *(f"{len(tasks)} rows are in the {age} file only." for age, tasks in self._alone() if tasks),
+            *self.notes,
+        ]
+
+    def _alone(self) -> tuple[tuple[str, list[str]], tuple[str, list[str]]]:
+        return ("old", self.only_old), ("new", self.only_new)
 
 
 def timings(data: dict[str, Any]) -> dict[str, dict[str, Timing]]:
@@ -101,9 +124,7 @@ def timings(data: dict[str, Any]) -> dict[str, dict[str, Timing]]:
 def _timings_of(kind: str, row: dict[str, Any]) -> list[Timing]:
     if kind == "kernels":
         task = task_of(kind, row)
-        return [
-            Timing(task, name, one["ours"], tuple(one["samples_ms"])) for name, one in row["competitors"].items()
-        ]
+        return [Timing(task, name, one["ours"], tuple(one["samples_ms"])) for name, one in row["competitors"].items()]
     if kind in ("scaling", "generate"):
         return [Timing(task_of(kind, row), competitor_of(row), is_ours(row), tuple(row["samples_ms"]))]
     raise UserError(f"a file of kind {kind!r} has no times to compare; kernels, scaling and generate have")
@@ -142,12 +163,12 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = THRESHO
     """
     if old["kind"] != new["kind"]:
         raise UserError(f"a {old['kind']} file and a {new['kind']} file have nothing to compare")
-    for field in _MACHINE:
-        if old["machine"][field] != new["machine"][field]:
-            raise UserError(
-                f"these are two machines ({field}: {old['machine'][field]}, {new['machine'][field]}), so that nothing "
-                "follows for the code; `fastgpt bench report` shows them side by side"
-            )
+    field = other_machine(old, new)
+    if field is not None:
+        raise UserError(
+            f"these are two machines ({field}: {old['machine'][field]}, {new['machine'][field]}), so that nothing "
+            "follows for the code; `fastgpt bench report` shows them side by side"
+        )
     before, after = timings(old), timings(new)
     refused = {task_of(new["kind"], row): row["left_out"] for row in new["results"] if "left_out" in row}
     updated = [name for name in _PEER_VERSIONS if old["versions"][name] != new["versions"][name]]
@@ -165,7 +186,13 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = THRESHO
         [task for task in before if task not in after],
         [task for task in after if task not in before],
         _notes(old, new, updated, changes),
+        threshold,
     )
+
+
+def other_machine(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first thing by which two files' machines differ; None where they are one."""
+    return next((field for field in _MACHINE if old["machine"][field] != new["machine"][field]), None)
 
 
 def _change(
@@ -239,7 +266,4 @@ def _notes(old: dict[str, Any], new: dict[str, Any], updated: list[str], changes
     peers = [change.slowdown for change in changes if not change.ours and change.slowdown is not None]
     if peers:
         notes.append(f"Peers took {statistics.median(peers):.2f}x of their old time (median of {len(peers)}).")
-    few = sum(change.verdict == UNKNOWN for change in changes)
-    if few:
-        notes.append(f"{few} of {len(changes)} times have fewer than {FEWEST_SAMPLES} samples, too few to tell.")
     return notes

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import operator
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastgpt.benchmarks.compare import competitor_of, is_ours
-from fastgpt.benchmarks.units import milliseconds, percent, quantity, times
+from fastgpt.benchmarks.units import milliseconds, percent, quantity, round_quantity, times
 from fastgpt.dispatch import BACKENDS
 
 WIDTH_IN = 4.4
 DPI = 192
 CSS_DPI = 96  # by definition of the unit px
 
-# Colours that the colour-blind tell apart (Okabe and Ito, 2008); peers are grey in bars, where their names stand beside.
+# Colours that the colour-blind tell apart (Okabe and Ito, 2008). Peers are grey in bars: their names stand beside them.
 COLOURS = {"cpp": "#0072b2", "cuda": "#009e73", "triton": "#d55e00", "torch": "#cc79a7", "reference": "#56b4e9"}
 PEER_COLOURS = ("#333333", "#8c6d1f", "#7f7f7f", "#a05195", "#3f7f5f", "#b0b0b0")
 PEER = "#a3a9b1"
@@ -84,7 +85,9 @@ def _op_sheet(op: str, rows: Sequence[dict[str, Any]], suffix: str, number: int)
         for name, reason in row["left_out"].items():
             wrong = reason.startswith("wrong")
             colour = WRONG if wrong else "#5d656f"
-            axes.text(0.01 * limit, y, "wrong: not timed" if wrong else "not timed", fontsize=7, color=colour, va="center")
+            axes.text(
+                0.01 * limit, y, "wrong: not timed" if wrong else "not timed", fontsize=7, color=colour, va="center"
+            )
             ticks.append(y)
             labels.append((name, colour, False))
             y += 1
@@ -118,7 +121,7 @@ def ratio_bars(summary: Sequence[dict[str, Any]], title: str) -> Picture:
     least and the greatest.
 
     Args:
-        summary: what ``report.summarise`` gives.
+        summary: what ``summary.summarise`` gives, by op.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in summary:
@@ -147,7 +150,7 @@ def ratio_bars(summary: Sequence[dict[str, Any]], title: str) -> Picture:
     axes.set_xlabel("times as fast as the best peer")
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     words = "; ".join(f"{line['op']}, {line['backend']} {times(line['ratio']['median'])}" for line in summary)
     return _picture(figure, "ratios", f"Times as fast as the best peer. {words}")
 
@@ -163,39 +166,36 @@ def bandwidth(rows: Sequence[dict[str, Any]], ceiling: dict[str, Any]) -> Pictur
     axes.axhline(top, color=INK, linewidth=1.1)
     axes.set(xscale="log", yscale="log", xlabel="bytes that must be moved", ylabel="bytes a second")
     _name_units(axes, "B", "B/s")
-    axes.annotate(
-        f"copy {quantity(top, 'B/s')}", (0.02, top), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", fontsize=7.5,
-    )  # fmt: skip
-    _finish(axes, "Memory: who comes how close to a copy")
-    return _picture(figure, "bandwidth", f"Bytes a second by size, below a copy's {quantity(top, 'B/s')}.")
+    title = f"Ops without matrix products: a copy's {quantity(top, 'B/s')}"
+    _finish(axes, title)
+    return _picture(figure, "bandwidth", f"{title}; bytes a second by the bytes that must be moved.")
 
 
-def roofline(rows: Sequence[dict[str, Any]], ceiling: dict[str, Any]) -> Picture | None:
-    """FLOPs a second against FLOPs a byte, of what has matrix products, under the roof of copy and matrix product."""
-    with_flops = [row for row in rows if row["flops"]]
-    points = _best_points(with_flops, "flops", lambda row: row["flops"] / row["bytes"])
-    if not points:
-        return None
-    figure, axes = _figure(3.3)
-    _scatter(axes, points)
-    copy, peaks = ceiling["copy_bytes_per_s"], ceiling["matmul_flops_per_s"]
-    used = {row["dtype"] for row in with_flops}
-    xs = [x for x, _, _ in points]
-    left = min(*xs, *(peaks[dtype] / copy for dtype in used)) / 3
-    right = max(*xs, *(peaks[dtype] / copy for dtype in used)) * 3
-    for dtype in sorted(used, key=peaks.__getitem__):
-        ridge = peaks[dtype] / copy
-        axes.plot([left, ridge, right], [left * copy, peaks[dtype], peaks[dtype]], color=INK, linewidth=1.1)
-        axes.annotate(
-            f"{dtype} {quantity(peaks[dtype], 'FLOP/s')}", (right, peaks[dtype]), xytext=(-2, 3),
-            textcoords="offset points", fontsize=7.5, ha="right",
-        )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="FLOPs a byte", ylabel="FLOPs a second")
-    _name_units(axes, "", "FLOP/s")
-    _finish(axes, "Roofline: ops with matrix products")
-    roofs = ", ".join(f"{dtype} {quantity(peaks[dtype], 'FLOP/s')}" for dtype in sorted(used))
-    return _picture(figure, "roofline", f"FLOPs a second by FLOPs a byte, below roofs of {roofs}.")
+def rooflines(rows: Sequence[dict[str, Any]], ceiling: dict[str, Any]) -> list[Picture]:
+    """For each dtype: FLOPs a second against FLOPs a byte, of what has matrix products, under the roof of copy and
+    matrix product."""
+    pictures = []
+    copy = ceiling["copy_bytes_per_s"]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        points = _best_points(
+            [row for row in rows if row["flops"] and row["dtype"] == dtype],
+            "flops",
+            lambda row: row["flops"] / row["bytes"],
+        )
+        if not points or dtype not in ceiling["matmul_flops_per_s"]:
+            continue
+        peak = ceiling["matmul_flops_per_s"][dtype]
+        figure, axes = _figure(3.3)
+        _scatter(axes, points)
+        xs = [peak / copy, *(x for x, _, _ in points)]
+        left, right = min(xs) / 3, max(xs) * 3
+        axes.plot([left, peak / copy, right], [left * copy, peak, peak], color=INK, linewidth=1.1)
+        axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="FLOPs a byte", ylabel="FLOPs a second")
+        _name_units(axes, "", "FLOP/s")
+        title = f"Roofline, {dtype}: {quantity(peak, 'FLOP/s')}, {quantity(copy, 'B/s')}"
+        _finish(axes, title)
+        pictures.append(_picture(figure, f"roofline-{dtype}", f"{title}; FLOPs a second by FLOPs a byte."))
+    return pictures
 
 
 Point = tuple[float, float, str]
@@ -208,9 +208,7 @@ def _best_points(rows: Sequence[dict[str, Any]], unit: str, x: Callable[[dict[st
         peers = [one for one in row["competitors"].values() if not one["ours"]]
         if peers:
             points.append((x(row), min(peers, key=lambda one: one["median_ms"])[f"{unit}_per_s"], "best peer"))
-        points += [
-            (x(row), one[f"{unit}_per_s"], name) for name, one in row["competitors"].items() if one["ours"]
-        ]
+        points += [(x(row), one[f"{unit}_per_s"], name) for name, one in row["competitors"].items() if one["ours"]]
     return points
 
 
@@ -262,24 +260,18 @@ def scaling_lines(rows: Sequence[dict[str, Any]]) -> list[Picture]:
             ]
         for name in dict.fromkeys(row["model"]["name"] for row in of_dtype):
             of_model = [row for row in of_dtype if row["model"]["name"] == name]
-            usual = usual_setting(of_dtype, name)
-            for index, heading in enumerate(("sequence length", "batch")):
-                sweep = [row for row in of_model if _setting(row)[1 - index] == usual[1 - index]]
-                if len({_setting(row)[index] for row in sweep}) > 1:
-                    field = ("block_size", "batch_size")[index]
-                    fixed = f"batch {usual[1]}" if index == 0 else f"{usual[0]} tokens"
+            block_size, _ = usual = usual_setting(of_dtype, name)
+            lengths = [row for row in of_model if row["block_size"] != block_size or _setting(row) == usual]
+            batches = [row for row in of_model if row["block_size"] == block_size]
+            for field, words, sweep in (("block_size", "sequence length", lengths), ("batch_size", "batch", batches)):
+                if len({row[field] for row in sweep}) > 1:
                     pictures.append(
                         _lines_picture(
                             sweep,
-                            lambda row, field=field: row[field],  # type: ignore[misc]
+                            operator.itemgetter(field),
                             lambda row: row["tokens_per_s"]["median"],
                             ("", ""),
-                            (
-                                f"{field.replace('_', '-')}-{name}-{dtype}",
-                                f"Training {name}, {fixed}, {dtype}",
-                                heading,
-                                "tokens a second",
-                            ),
+                            (f"{field}-{name}-{dtype}", f"Training {name}, {dtype}", words, "tokens a second"),
                         )
                     )
     return pictures
@@ -380,7 +372,9 @@ def _lines_picture(
     axes.set(xscale="log", yscale="log", xlabel=words[2], ylabel=words[3])
     _name_units(axes, *units)
     _finish(axes, words[1])
-    return _picture(figure, words[0], f"{words[1]}: {words[3]} against {words[2]}, a line for each of {', '.join(lines)}.")
+    return _picture(
+        figure, words[0], f"{words[1]}: {words[3]} against {words[2]}, a line for each of {', '.join(lines)}."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,7 +408,9 @@ def change_dots(pairs: Sequence[tuple[str, bool, float]], title: str) -> Picture
     figure.legend(loc="outside lower left", ncols=2, fontsize=7.5, frameon=False)
     axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
     middle = statistics.median(ratios)
-    return _picture(figure, "change", f"{title}: times of the second run over the first's, by op; median {times(middle)}.")
+    return _picture(
+        figure, "change", f"{title}: times of the second run over the first's, by op; median {times(middle)}."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,15 +450,15 @@ def _name_units(axes: Any, x: str, y: str) -> None:
 
 
 def _plain_log_ticks(axis: Any, unit: str, limits: tuple[float, float]) -> None:
-    """Labels in plain figures on a logarithmic axis: at powers of ten, or more closely where few of them are in sight."""
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+    """Label a logarithmic axis in plain figures: at powers of ten, or more closely where few of them are in sight."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-    decades = limits[1] / limits[0]
-    subs = (1.0,) if decades > 300 else (1.0, 3.0) if decades > 30 else (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+    reach = limits[1] / limits[0]
+    subs = (1.0,) if reach > 300 else (1.0, 3.0) if reach > 30 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12) if reach > 4 else MaxNLocator(6))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(lambda value, _: f"{value:g}x" if unit == "x" else quantity(value, unit).strip())
+    axis.set_major_formatter(lambda value, _: f"{value:g}x" if unit == "x" else round_quantity(value, unit))
 
 
 def _bar_colour(name: str, ours: bool) -> str:
@@ -470,8 +466,12 @@ def _bar_colour(name: str, ours: bool) -> str:
 
 
 def _picture(figure: Any, name: str, alt: str) -> Picture:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
+    from PIL import Image  # matplotlib brings it
+
+    drawn, content = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
+    # A palette does for these few colours, in a third of the bytes.
+    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(content, "png", optimize=True)
     width, height = (round(inches * CSS_DPI) for inches in figure.get_size_inches())
     return Picture(_file_name(name), alt, content.getvalue(), width, height)
 
@@ -479,14 +479,3 @@ def _picture(figure: Any, name: str, alt: str) -> Picture:
 def _file_name(name: str) -> str:
     kept = (letter if letter.isalnum() or letter in "-." else "-" for letter in name.lower())
     return "".join(kept).strip("-")
-
-
-def unique_names(pictures: Iterable[Picture]) -> list[Picture]:
-    """The same pictures; one whose name was there before gets a number."""
-    seen: dict[str, int] = {}
-    named = []
-    for picture in pictures:
-        seen[picture.name] = seen.get(picture.name, 0) + 1
-        count = seen[picture.name]
-        named.append(picture if count == 1 else dataclasses.replace(picture, name=f"{picture.name}-{count}"))
-    return named

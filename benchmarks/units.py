@@ -22,11 +22,19 @@ def milliseconds(value: float) -> str:
 
 
 def quantity(value: float, unit: str) -> str:
-    """With a prefix of 1000s: 32.1 GB/s for 3.21e10 B/s."""
+    """With a prefix of 1000s: 32.1 GB/s for 3.21e10 B/s, 10.6M of what has no unit."""
     for size, prefix in _PREFIXES:
         if value >= 0.9995 * size:
-            return f"{digits(value / size)} {prefix}{unit}"
-    return f"{digits(value)} {unit}"
+            return f"{digits(value / size)}{' ' if unit else ''}{prefix}{unit}"
+    return f"{digits(value)} {unit}".strip()
+
+
+def round_quantity(value: float, unit: str) -> str:
+    """At an axis: 30 GB/s, 10M."""
+    for size, prefix in _PREFIXES:
+        if value >= 0.9995 * size:
+            return f"{value / size:g}{' ' if unit else ''}{prefix}{unit}"
+    return f"{value:g} {unit}".strip()
 
 
 def percent(part: float) -> str:
