@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench-cpu lint format gpu-check clean
+.PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench-cpu readme lint format gpu-check clean
 
 train: $(VENV)/built
 	$(BIN)/fastgpt train $(ARGS)
@@ -43,6 +43,11 @@ cuda-table: $(VENV)/installed
 # Every mark of the CPU kernels, in some minutes on an idle machine: `make bench-cpu ARGS='--only attention --json'`.
 bench-cpu: $(VENV)/built
 	$(BIN)/python -m fastgpt.benchmarks.cpu $(ARGS)
+
+# The README's measured tables and figure, from files in benchmarks/results: `make readme RESULTS='one.json other.json'`;
+# without RESULTS from those that it names.
+readme: $(VENV)/installed
+	$(BIN)/python -m fastgpt.benchmarks.readme $(RESULTS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -1,12 +1,14 @@
 """What became slower or faster from one result file to another; `fastgpt bench compare` prints it.
 
 Two runs of the same code differ: the machine's clock, its other programs and the samples' own noise change. So a time
-is called slower only if all of this holds:
+is called slower only if it is so by two measures, each of which takes the machine's part out:
 
-- the median has grown by the threshold at least, and
-- the quartiles lie apart: three quarters of the new samples take longer than three quarters of the old ones;
-- where the row has peers, whose code is the same in both runs, the same two are true of the time as a multiple of
-  theirs in the same round (the geometric mean, where there are several): a machine that became slower slows them too.
+- the time over the drift of the run, which is by how much all peers together have changed (their median), and
+- the time as a multiple of its row's peers in the same round (of their geometric mean, where there are several).
+
+By each measure the median must have grown by the threshold at least, and the quartiles must lie apart: three quarters
+of the new samples are above three quarters of the old ones. Where there are no peers, or where they are other code than
+they were (another PyTorch), the time alone decides.
 
 A kernel that was timed and is now refused as wrong counts as slower. Peers themselves are never reported: what they did
 says how the machine has changed.
@@ -172,8 +174,9 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = THRESHO
     before, after = timings(old), timings(new)
     refused = {task_of(new["kind"], row): row["left_out"] for row in new["results"] if "left_out" in row}
     updated = [name for name in _PEER_VERSIONS if old["versions"][name] != new["versions"][name]]
+    drift = None if updated else _drift(before, after)
     changes = [
-        _change(of_task[name], before[task], after[task], refused.get(task, {}), threshold, same_peers=not updated)
+        _change(of_task[name], before[task], after[task], refused.get(task, {}), threshold, drift)
         for task, of_task in before.items()
         if task in after
         for name in of_task
@@ -185,7 +188,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = THRESHO
         changes,
         [task for task in before if task not in after],
         [task for task in after if task not in before],
-        _notes(old, new, updated, changes),
+        _notes(old, new, updated, drift),
         threshold,
     )
 
@@ -201,18 +204,17 @@ def _change(
     new_row: dict[str, Timing],
     refused: dict[str, str],
     threshold: float,
-    *,
-    same_peers: bool,
+    drift: float | None,
 ) -> Change:
     if old.competitor not in new_row:
         reason = refused[old.competitor]
         return Change(old.task, old.competitor, old.ours, old.median_ms, None, None, None, REFUSED, reason)
     new = new_row[old.competitor]
-    pairs = [(old.samples_ms, new.samples_ms)]
+    pairs = [(old.samples_ms, tuple(ms / (drift or 1.0) for ms in new.samples_ms))]
     peers = [name for name, one in old_row.items() if not one.ours and name != old.competitor and name in new_row]
-    if peers and same_peers:
+    if peers and drift is not None:
         pairs.append((beside(old, [old_row[name] for name in peers]), beside(new, [new_row[name] for name in peers])))
-    medians = [statistics.median(after) / statistics.median(before) for before, after in pairs]
+    beside_peers = [statistics.median(after) / statistics.median(before) for before, after in pairs[1:]]
     if min(len(values) for pair in pairs for values in pair) < FEWEST_SAMPLES:
         verdict = UNKNOWN
     elif all(_grown(before, after, threshold) for before, after in pairs):
@@ -227,10 +229,21 @@ def _change(
         old.ours,
         old.median_ms,
         new.median_ms,
-        medians[0],
-        medians[1] if len(medians) > 1 else None,
+        new.median_ms / old.median_ms,
+        beside_peers[0] if beside_peers else None,
         verdict,
     )
+
+
+def _drift(before: dict[str, dict[str, Timing]], after: dict[str, dict[str, Timing]]) -> float | None:
+    """By how much the peers' times have changed, in the median; None where there are none in both."""
+    changes = [
+        after[task][name].median_ms / one.median_ms
+        for task, of_task in before.items()
+        for name, one in of_task.items()
+        if not one.ours and name in after.get(task, {})
+    ]
+    return statistics.median(changes) if changes else None
 
 
 def beside(one: Timing, peers: Sequence[Timing]) -> tuple[float, ...]:
@@ -250,7 +263,7 @@ def _quartiles(values: Sequence[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def _notes(old: dict[str, Any], new: dict[str, Any], updated: list[str], changes: list[Change]) -> list[str]:
+def _notes(old: dict[str, Any], new: dict[str, Any], updated: list[str], drift: float | None) -> list[str]:
     notes = [f"The {age} run is not valid: {'; '.join(data['problems']) or 'it did not come to its end'}."
              for age, data in (("old", old), ("new", new)) if not data["valid"]]  # fmt: skip
     for name in updated:
@@ -263,7 +276,6 @@ def _notes(old: dict[str, Any], new: dict[str, Any], updated: list[str], changes
             notes.append(f"The machine's {field} was {old['machine'][field]} and is {new['machine'][field]}.")
     for name in new["absent"].keys() - old["absent"].keys():
         notes.append(f"{name} is absent from the new run: {new['absent'][name]}")
-    peers = [change.slowdown for change in changes if not change.ours and change.slowdown is not None]
-    if peers:
-        notes.append(f"Peers took {statistics.median(peers):.2f}x of their old time (median of {len(peers)}).")
+    if drift is not None:
+        notes.append(f"The drift of the run: all peers together took {drift:.2f}x of their old time.")
     return notes

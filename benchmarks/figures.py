@@ -6,6 +6,7 @@ import dataclasses
 import io
 import operator
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ CSS_DPI = 96  # by definition of the unit px
 
 # Colours that the colour-blind tell apart (Okabe and Ito, 2008). Peers are grey in bars: their names stand beside them.
 COLOURS = {"cpp": "#0072b2", "cuda": "#009e73", "triton": "#d55e00", "torch": "#cc79a7", "reference": "#56b4e9"}
+KERNEL_BACKENDS = ("cpp", "cuda", "triton")
 PEER_COLOURS = ("#333333", "#8c6d1f", "#7f7f7f", "#a05195", "#3f7f5f", "#b0b0b0")
 PEER = "#a3a9b1"
 WRONG = "#b00020"
@@ -64,7 +66,7 @@ def _lines(row: dict[str, Any]) -> int:
 
 def _op_sheet(op: str, rows: Sequence[dict[str, Any]], suffix: str, number: int) -> Picture:
     height = sum(map(_lines, rows)) * _BAR_IN + 0.75
-    figure, axes = _figure(height)
+    figure, (axes,) = _figure(height)
     y, ticks, labels = 0.0, [], []
     furthest = max((one["of_ceiling"] for row in rows for one in row["competitors"].values()), default=1.0)
     limit = max(1.0, furthest)
@@ -123,36 +125,53 @@ def ratio_bars(summary: Sequence[dict[str, Any]], title: str) -> Picture:
     Args:
         summary: what ``summary.summarise`` gives, by op.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for line in summary:
-        groups.setdefault(line["op"], []).append(line)
-    figure, axes = _figure(0.9 + 0.175 * (len(summary) + 0.5 * len(groups)))
+    figure, (axes,) = _figure(_ratio_height(summary))
+    _draw_ratios(axes, summary, title)
+    words = "; ".join(f"{line['op']}, {line['backend']} {times(line['ratio']['median'])}" for line in summary)
+    return _picture(figure, "ratios", f"Times as fast as the best peer. {words}")
+
+
+def overview(panels: Sequence[tuple[str, Sequence[dict[str, Any]]]], source: str) -> bytes:
+    """The README's figure, as a PNG: ``ratio_bars`` of several runs side by side, by title.
+
+    Args:
+        source: is kept in the file, as text by the name of "Source".
+    """
+    figure, grid = _figure(max(_ratio_height(summary) for _, summary in panels), len(panels))
+    for axes, (title, summary) in zip(grid, panels, strict=True):
+        _draw_ratios(axes, summary, textwrap.fill(title, 34))
+    return _png(figure, source)
+
+
+def _ratio_height(summary: Sequence[dict[str, Any]]) -> float:
+    return 0.9 + 0.175 * (len(summary) + 0.5 * len({line["op"] for line in summary}))
+
+
+def _draw_ratios(axes: Any, summary: Sequence[dict[str, Any]], title: str) -> None:
     y, ticks, labels = 0.0, [], []
-    for op, lines in groups.items():
-        for line in lines:
+    for op in dict.fromkeys(line["op"] for line in summary):
+        for line in summary:
+            if line["op"] != op:
+                continue
             ratio = line["ratio"]
             axes.barh(y, ratio["median"] - 1, left=1, height=0.8, color=_bar_colour(line["backend"], True))
             axes.plot([ratio["min"], ratio["max"]], [y, y], color=INK, linewidth=0.8, alpha=0.6)
-            right = max(ratio["max"], ratio["median"], 1)
-            axes.text(right * 1.06, y, times(ratio["median"]), fontsize=7, va="center")
+            axes.text(1.06 * max(ratio["max"], 1), y, times(ratio["median"]), fontsize=7, va="center")
             ticks.append(y)
             labels.append(f"{op}, {line['backend']}")
             y += 1
         y += 0.5
+    least, most = min(line["ratio"]["min"] for line in summary), max(line["ratio"]["max"] for line in summary)
+    limits = min(0.8, 0.9 * least), max(1.5, 1.3 * most)
     axes.set_xscale("log")
-    least = min((line["ratio"]["min"] for line in summary), default=1.0)
-    most = max((line["ratio"]["max"] for line in summary), default=1.0)
-    axes.set(xlim=(min(0.8, 0.9 * least), 1.9 * max(most, 1.2)), ylim=(y - 0.3, -0.8))
-    _plain_log_ticks(axes.xaxis, "x", (min(0.8, 0.9 * least), 1.9 * max(most, 1.2)))
+    axes.set(xlim=limits, ylim=(y - 0.8, -0.8), xlabel="times as fast as the best peer")
+    _plain_log_ticks(axes.xaxis, "x", limits)
     axes.set_yticks(ticks, labels, fontsize=7.5)
     axes.tick_params(axis="y", length=0)
     axes.axvline(1, color=INK, linewidth=0.9)
-    axes.set_xlabel("times as fast as the best peer")
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
-    words = "; ".join(f"{line['op']}, {line['backend']} {times(line['ratio']['median'])}" for line in summary)
-    return _picture(figure, "ratios", f"Times as fast as the best peer. {words}")
+    axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
 
 
 def bandwidth(rows: Sequence[dict[str, Any]], ceiling: dict[str, Any]) -> Picture | None:
@@ -160,7 +179,7 @@ def bandwidth(rows: Sequence[dict[str, Any]], ceiling: dict[str, Any]) -> Pictur
     points = _best_points([row for row in rows if not row["flops"]], "bytes", lambda row: row["bytes"])
     if not points:
         return None
-    figure, axes = _figure(3.3)
+    figure, (axes,) = _figure(3.3)
     _scatter(axes, points)
     top = ceiling["copy_bytes_per_s"]
     axes.axhline(top, color=INK, linewidth=1.1)
@@ -185,7 +204,7 @@ def rooflines(rows: Sequence[dict[str, Any]], ceiling: dict[str, Any]) -> list[P
         if not points or dtype not in ceiling["matmul_flops_per_s"]:
             continue
         peak = ceiling["matmul_flops_per_s"][dtype]
-        figure, axes = _figure(3.3)
+        figure, (axes,) = _figure(3.3)
         _scatter(axes, points)
         xs = [peak / copy, *(x for x, _, _ in points)]
         left, right = min(xs) / 3, max(xs) * 3
@@ -288,7 +307,7 @@ def usual_setting(rows: Sequence[dict[str, Any]], model: str) -> tuple[int, int]
 
 def step_split(rows: Sequence[dict[str, Any]]) -> Picture:
     """Where a step's time goes, of rows that trained the same model on the same batches."""
-    figure, axes = _figure(1.25 + 0.24 * len(rows))
+    figure, (axes,) = _figure(1.25 + 0.24 * len(rows))
     parts = ("forward", "backward", "optimizer", "data")
     colours = ("#0072b2", "#56b4e9", "#e69f00", "#a3a9b1")
     rows = sorted(rows, key=lambda row: row["step_ms"]["median"])
@@ -347,7 +366,7 @@ def _lines_picture(
     Args:
         words: the file's name, the title, and what stands at the axes.
     """
-    figure, axes = _figure(3.4)
+    figure, (axes,) = _figure(3.4)
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault(competitor_of(row), []).append(row)
@@ -389,7 +408,7 @@ def change_dots(pairs: Sequence[tuple[str, bool, float]], title: str) -> Picture
         pairs: op, whether it is ours, the second run's time over the first's.
     """
     ops = list(dict.fromkeys(op for op, _, _ in pairs))
-    figure, axes = _figure(1.3 + 0.24 * len(ops))
+    figure, (axes,) = _figure(1.3 + 0.24 * len(ops))
     for ours, colour, offset, label in ((True, COLOURS["cpp"], -0.14, "ours"), (False, "#7f7f7f", 0.16, "peers")):
         of_one = [(ratio, ops.index(op) + offset) for op, whose, ratio in pairs if whose == ours]
         if of_one:
@@ -416,22 +435,23 @@ def change_dots(pairs: Sequence[tuple[str, bool, float]], title: str) -> Picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _figure(height: float) -> tuple[Any, Any]:
-    """A figure and its axes, ``height`` inches high."""
+def _figure(height: float, panels: int = 1) -> tuple[Any, Sequence[Any]]:
+    """A figure ``height`` inches high, and the axes of its panels, side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH_IN, height), layout="constrained", dpi=DPI)
+    figure = Figure(figsize=(panels * WIDTH_IN, height), layout="constrained", dpi=DPI)
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#8b949e")
-    axes.tick_params(labelsize=7.5, color="#8b949e")
-    axes.xaxis.label.set_fontsize(8)
-    axes.yaxis.label.set_fontsize(8)
-    return figure, axes
+    grid = figure.subplots(1, panels, squeeze=False)[0]
+    for axes in grid:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color("#8b949e")
+        axes.tick_params(labelsize=7.5, color="#8b949e")
+        axes.xaxis.label.set_fontsize(8)
+        axes.yaxis.label.set_fontsize(8)
+    return figure, grid
 
 
 def _finish(axes: Any, title: str) -> None:
@@ -466,14 +486,22 @@ def _bar_colour(name: str, ours: bool) -> str:
 
 
 def _picture(figure: Any, name: str, alt: str) -> Picture:
-    from PIL import Image  # matplotlib brings it
+    width, height = (round(inches * CSS_DPI) for inches in figure.get_size_inches())
+    return Picture(_file_name(name), alt, _png(figure), width, height)
+
+
+def _png(figure: Any, source: str = "") -> bytes:
+    from PIL import Image, PngImagePlugin  # matplotlib brings it
 
     drawn, content = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI)
+    about = PngImagePlugin.PngInfo()
+    if source:
+        about.add_text("Source", source)
     # A palette does for these few colours, in a third of the bytes.
-    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(content, "png", optimize=True)
-    width, height = (round(inches * CSS_DPI) for inches in figure.get_size_inches())
-    return Picture(_file_name(name), alt, content.getvalue(), width, height)
+    few = Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    few.save(content, "png", optimize=True, pnginfo=about)
+    return content.getvalue()
 
 
 def _file_name(name: str) -> str:
