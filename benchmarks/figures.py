@@ -390,6 +390,9 @@ def _lines_picture(
         )
     axes.set(xscale="log", yscale="log", xlabel=words[2], ylabel=words[3])
     _name_units(axes, *units)
+    measured = sorted({x(row) for row in rows})
+    if measured[-1] < 1e5:  # a length or a batch, whose values are round ones
+        axes.set_xticks(measured, [f"{value:g}" for value in measured])
     _finish(axes, words[1])
     return _picture(
         figure, words[0], f"{words[1]}: {words[3]} against {words[2]}, a line for each of {', '.join(lines)}."

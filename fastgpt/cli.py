@@ -469,7 +469,7 @@ def bench_report(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="result files, of any kinds")],
     out: Annotated[Path, typer.Option(help="the page; its pictures go into a folder beside it")] = Path("bench.html"),
 ) -> None:
-    """Write a page of figures and tables, and the figures as PNG files. Runs of one kind are shown side by side, too."""
+    """Write a page of figures and tables, and the figures as PNG files; runs of one kind also side by side."""
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out: the page is HTML, so name it so: {out.with_suffix('.html')}")
     page, *pictures = report.write_report(results, out)
