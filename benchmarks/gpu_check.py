@@ -8,15 +8,10 @@
   left in error, is started again behind the test that did it.
 - sanitize: compute-sanitizer's memcheck and racecheck over every op of the triton and the cuda backend, forward and
   backward, on small odd shapes; and memcheck over a planted fault, which it has to find.
-- bench: the triton and the cuda backend beside torch's eager op, torch.compile of that and, for attention, SDPA's flash
-  and cuDNN backends and FlexAttention. Each must first be near the truth, by ||result - truth|| / ||truth|| of every
-  output and gradient; one that is not is named as wrong and never timed. ``interleave`` and ``CudaTimer`` say how times
-  are taken, the cases in ``gpu_cases.py`` what is counted as bytes and FLOPs. The ceilings, a copy within the GPU's
-  memory and a bf16 matrix product, are measured before and after; a run in which they drift is not valid.
+- bench: `fastgpt bench kernels` in full size, in bf16 (``kernels.measure``).
 
-The file: {"schema": 1, "stage", "gpu", "torch", "triton", "cuda", "python", "commit", "date", "settings", "results",
-"problems", "valid"}. ``problems`` are sentences. ``valid`` says that the stage came to its end as it should (every test
-ran, the sanitizer works, the ceilings stood still), and is false until then.
+The file is that of all benchmarks (``result.py``). ``valid`` says that the stage came to its end as it should (every
+test ran, the sanitizer works, the ceilings stood still), and is false until then.
 
 Exit code: 0 where the run is valid and has no problems, 1 where not, 2 where the stage cannot run here: then nothing is
 written.
@@ -25,42 +20,40 @@ written.
 from __future__ import annotations
 
 import argparse
-import functools
-import gc
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 import fastgpt
-from fastgpt.benchmarks.gpu_cases import OURS, Case, Contestant, cases, small_calls
-from fastgpt.files import write_atomically
+from fastgpt.benchmarks import kernels, result
+from fastgpt.benchmarks.harness import first_line, print_table
+from fastgpt.benchmarks.result import REPOSITORY, Result
+from fastgpt.benchmarks.small_calls import small_calls
+from fastgpt.config import UserError
 from fastgpt.triton_kernels import library
 
 # What each stage imports beside torch, at the latest where it calls a test.
 NEEDED = {
     "test": ("triton", "numpy", "pytest", "rich", "typer", "safetensors", "matplotlib"),
     "sanitize": ("triton",),
-    "bench": ("triton",),
+    "bench": ("triton", "rich"),
 }
-LIMIT_S = 540.0
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+LIMIT_S = {"test": 540.0, "sanitize": 540.0, "bench": 440.0}  # a case that has begun comes to its end
+KERNEL_BACKENDS = ("triton", "cuda")
+BENCH_DTYPES = ("bf16",)  # what training runs in; the others are `fastgpt bench kernels`'s
 
 # The folder that has the package fastgpt: where `python -c` finds it, whatever lies in the folder of the caller.
 HOME = Path(fastgpt.__file__).parents[1]
@@ -75,18 +68,25 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--stage", choices=NEEDED, required=True)
     parser.add_argument("--out", type=Path, help="folder for the JSON file; default: benchmarks/results")
     parser.add_argument("--only", default="", metavar="TEXT", help="test files, ops or cases whose name contains TEXT")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="default: %(default)g")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="default: by the stage, so that it ends in time")
     parser.add_argument("--rounds", type=int, default=30, help="samples of each competitor at most; default: 30")
     parser.add_argument("--commit", help="the commit under test, where git cannot tell")
     args = parser.parse_args(argv)
+    if args.limit is None:
+        args.limit = LIMIT_S[args.stage]
     if not args.limit > 0:
         parser.error(f"--limit must be greater than 0, got {args.limit:g}")
-    if args.rounds < FEWEST_ROUNDS:
-        parser.error(f"--rounds must be at least {FEWEST_ROUNDS}, got {args.rounds}")
-    names = {"test": TEST_FILES, "sanitize": small_calls("cpu"), "bench": [case.name for case in cases()]}[args.stage]
+    names = {"test": list(TEST_FILES), "sanitize": list(small_calls("cpu")), "bench": []}[args.stage]
     chosen = [name for name in names if args.only in name]
-    if not chosen:
-        parser.error(f"--only: {args.only!r} is in none of these names: {'; '.join(names)}")
+    try:
+        only = (args.only,) if args.only else ()
+        options = kernels.Options(torch.device("cuda"), dtypes=BENCH_DTYPES, only=only, rounds=args.rounds)
+        if args.stage == "bench":
+            options.cases()
+        elif not chosen:
+            raise UserError(f"--only: {args.only!r} is in none of these names: {'; '.join(names)}")
+    except UserError as error:
+        parser.error(str(error))
 
     if not torch.cuda.is_available():
         _refuse(f"This needs a GPU, and torch {torch.__version__} sees none.")
@@ -102,99 +102,23 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if args.stage == "test" and not (REPOSITORY / "tests").is_dir():
         _refuse(f"The test stage needs a checkout of fastgpt: there is no folder {REPOSITORY / 'tests'}.")
 
-    settings = {"only": args.only, "limit_s": args.limit}
-    about = describe(args.stage, settings, args.commit)
-    name = f"{args.stage}_{_slug(about['gpu'])}_{_slug(about['date'])}.json"
-    record = Record((args.out or REPOSITORY / "benchmarks" / "results") / name, about)
-    if args.stage == "test":
-        run_tests(record, [REPOSITORY / "tests" / name for name in chosen], args.limit, workers())
-    elif args.stage == "sanitize":
-        assert sanitizer is not None
-        sanitize(record, sanitizer, chosen, args.limit)
+    if args.stage == "bench":
+        file = kernels.measure(options, folder=args.out, limit_s=args.limit, commit=args.commit)
     else:
-        settings["rounds"] = args.rounds
-        device = torch.device("cuda")
-        timer = CudaTimer(device)
-        bench(
-            record,
-            [case for case in cases() if case.name in chosen],
-            functools.partial(run_case, device=device, timer=timer, rounds=args.rounds),
-            functools.partial(measure_ceilings, device, timer),
-            clean_up,
-            args.limit,
-        )
-    for problem in record.data["problems"]:
-        print(problem)
-    print(f"{'valid' if record.data['valid'] else 'not valid'}: {record.path}")
-    sys.exit(0 if record.data["valid"] and not record.data["problems"] else 1)
+        settings = {"only": args.only, "limit_s": args.limit}
+        about = result.describe(args.stage, options.device, settings, commit=args.commit)
+        file = Result(result.result_path(about, args.out), about)
+        if args.stage == "test":
+            run_tests(file, [REPOSITORY / "tests" / name for name in chosen], args.limit, workers())
+        else:
+            assert sanitizer is not None
+            sanitize(file, sanitizer, chosen, args.limit)
+    sys.exit(kernels.say_how_it_ended(file))
 
 
 def _refuse(reason: str) -> NoReturn:
     print(reason, file=sys.stderr)
     sys.exit(2)
-
-
-def describe(stage: str, settings: dict[str, Any], commit: str | None) -> dict[str, Any]:
-    """What the figures depend on."""
-    import triton  # loading it takes a while, and a machine without a GPU may not have it
-
-    return {
-        "stage": stage,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": commit or commit_of(REPOSITORY),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": settings,
-    }
-
-
-def commit_of(checkout: Path) -> str | None:
-    """The commit's hash, with "-dirty" where tracked files differ from it; None where git cannot tell."""
-    if not (checkout / ".git").exists():  # git would go on looking, and find the repository of someone else
-        return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text.partition("+")[0]).strip("-")
-
-
-class Record:
-    """A run's JSON file, replaced with each change: a run that is cut short leaves what it had found."""
-
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {"schema": 1, **about, "results": [], "problems": [], "valid": False}
-
-    def update(
-        self, *, results: Iterable[dict[str, Any]] = (), problems: Iterable[str] = (), valid: bool = False
-    ) -> None:
-        """Add results and problems, and write the file."""
-        self.data["results"] += results
-        self.data["problems"] += problems
-        self.data["valid"] = valid
-        write_atomically(self.path, (json.dumps(self.data, indent=1, allow_nan=False) + "\n").encode())
-
-
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns, the first one flush left."""
-    widths = [max(len(row[i]) for row in (headings, *rows)) for i in range(len(headings))]
-    for row in (headings, *rows):
-        cells = (text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
-        print("  ".join((row[0].ljust(widths[0]), *cells)), flush=True)
-
-
-def _first_line(error: BaseException | str) -> str:
-    lines = str(error).strip().splitlines()
-    line = lines[0][:300] if lines else "no message"
-    return line if isinstance(error, str) else f"{type(error).__name__}: {line}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +158,7 @@ def workers() -> int:
     return min(8, max(1, (os.cpu_count() or 1) // 2))
 
 
-def run_tests(record: Record, files: list[Path], limit_s: float, shards: int) -> None:
+def run_tests(file: Result, files: list[Path], limit_s: float, shards: int) -> None:
     """Run the files' tests on ``shards`` processes until ``limit_s`` seconds are over.
 
     Results are one dict a file: {"file", "passed", "failed", "skipped", "seconds", "failures": [{"test", "message"}]}.
@@ -247,30 +171,31 @@ def run_tests(record: Record, files: list[Path], limit_s: float, shards: int) ->
             if not any(alive):
                 break
             time.sleep(1)
-            record.data["results"] = by_file(shard.lines() for shard in running)
-            record.update()
+            file.data["results"] = by_file(shard.lines() for shard in running)
+            file.update()
         for shard in running:
             shard.stop()
-        record.data["results"] = by_file(shard.lines() for shard in running)
+        file.data["results"] = by_file(shard.lines() for shard in running)
         problems = [shard.problem for shard in running if shard.problem]
         unfinished = sum(len(tests_left(shard.lines())) for shard in running)
         unfinished_tests = [test for shard in running for test in tests_running(shard.lines())]
-    failed = sum(row["failed"] for row in record.data["results"])
+    failed = sum(row["failed"] for row in file.data["results"])
     if unfinished:
         during = f", among them those that were running: {'; '.join(unfinished_tests)}" if unfinished_tests else ""
         problems.append(f"{unfinished} tests did not finish within {limit_s:g} s{during}")
     if failed:
         problems.append(f"{failed} tests failed")
-    record.update(problems=problems, valid=not unfinished and not any(shard.problem for shard in running))
+    complete = not unfinished and not any(shard.problem for shard in running)
+    file.update(problems=problems, complete=complete, valid=complete)
     columns = ("passed", "failed", "skipped")
     print_table(
         ("file", *columns, "seconds"),
         [
             (row["file"], *(str(row[column]) for column in columns), f"{row['seconds']:.0f}")
-            for row in record.data["results"]
+            for row in file.data["results"]
         ],
     )
-    for row in record.data["results"]:
+    for row in file.data["results"]:
         for failure in row["failures"]:
             print(f"FAILED {failure['test']}: {failure['message']}")
 
@@ -412,7 +337,7 @@ class Reporter:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or not report.passed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            message = _first_line(crash.message if crash else report.longreprtext) if report.failed else ""
+            message = first_line(crash.message if crash else report.longreprtext) if report.failed else ""
             self.write(test=report.nodeid, outcome=report.outcome, seconds=report.duration, message=message)
 
     def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
@@ -420,7 +345,7 @@ class Reporter:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         except RuntimeError as error:  # a process cannot recover from it, and all later tests would fail
-            self.write(test=nodeid, outcome="failed", message=f"left the GPU in error: {_first_line(error)}")
+            self.write(test=nodeid, outcome="failed", message=f"left the GPU in error: {first_line(error)}")
             os._exit(_GPU_IN_ERROR)
 
 
@@ -438,7 +363,7 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
 
-def sanitize(record: Record, sanitizer: str, names: Sequence[str], limit_s: float) -> None:
+def sanitize(file: Result, sanitizer: str, names: Sequence[str], limit_s: float) -> None:
     """Results are one dict a tool: {"tool", "program", "errors", "ended", "seconds", "report"}.
 
     ``errors`` is None where the tool gave no summary; ``report`` holds the tool's first lines.
@@ -446,31 +371,31 @@ def sanitize(record: Record, sanitizer: str, names: Sequence[str], limit_s: floa
     deadline = time.monotonic() + limit_s
     plan = [
         ("memcheck", "a planted fault", [_PLANT_FAULT], 0.25),
-        *(("memcheck", f"every {backend} op", [_RUN_OPS, backend, *names], 0.3) for backend in OURS),
-        ("racecheck", f"every {OURS[0]} op", [_RUN_OPS, OURS[0], *names], 0.5),
-        ("racecheck", f"every {OURS[1]} op", [_RUN_OPS, OURS[1], *names], 1.0),
+        *(("memcheck", f"every {backend} op", [_RUN_OPS, backend, *names], 0.3) for backend in KERNEL_BACKENDS),
+        ("racecheck", f"every {KERNEL_BACKENDS[0]} op", [_RUN_OPS, KERNEL_BACKENDS[0], *names], 0.5),
+        ("racecheck", f"every {KERNEL_BACKENDS[1]} op", [_RUN_OPS, KERNEL_BACKENDS[1], *names], 1.0),
     ]
     found, complete = False, True
     for tool, program, arguments, share in plan:
         seconds = share * (deadline - time.monotonic())
-        result = {"tool": tool, "program": program, **_run_sanitizer(sanitizer, tool, arguments, seconds)}
-        record.update(results=[result])
+        row = {"tool": tool, "program": program, **_run_sanitizer(sanitizer, tool, arguments, seconds)}
+        file.update(rows=[row])
         print_table(
             ("tool", "errors", "ended", "seconds"),
-            [(f"{tool}, {program}", str(result["errors"]), str(result["ended"]), f"{result['seconds']:.0f}")],
+            [(f"{tool}, {program}", str(row["errors"]), str(row["ended"]), f"{row['seconds']:.0f}")],
         )
         if program == "a planted fault":
-            found = bool(result["errors"])
+            found = bool(row["errors"])
             if not found:
-                record.update(problems=[f"{tool} did not find the planted fault, so its other results mean nothing"])
+                file.update(problems=[f"{tool} did not find the planted fault, so its other results mean nothing"])
             continue
-        complete = complete and result["errors"] is not None and result["ended"]
-        if result["errors"] is None or not result["ended"]:
-            record.update(problems=[f"{tool} of {program} did not come to its end"])
-        if result["errors"]:
-            record.update(problems=[f"{tool} of {program} found {result['errors']} errors"])
-            print("\n".join(result["report"]))
-    record.update(valid=found and complete)
+        complete = complete and row["errors"] is not None and row["ended"]
+        if row["errors"] is None or not row["ended"]:
+            file.update(problems=[f"{tool} of {program} did not come to its end"])
+        if row["errors"]:
+            file.update(problems=[f"{tool} of {program} found {row['errors']} errors"])
+            print("\n".join(row["report"]))
+    file.update(complete=complete, valid=found and complete)
 
 
 def sanitizer_command(sanitizer: str, tool: str, arguments: Sequence[str]) -> list[str]:
@@ -532,264 +457,6 @@ def plant_fault() -> None:
     y, dy = (torch.ones(rows, 1000, dtype=torch.bfloat16, device="cuda") for rows in (1, 64))
     library.op("softmax_bwd")(dy, y, 1.0, False)
     torch.cuda.synchronize()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage "bench"
-# ---------------------------------------------------------------------------------------------------------------------
-
-MOST_DRIFT = 0.03
-FEWEST_ROUNDS = 7  # below that a median is no figure to quote
-WARMUP_ROUNDS = 2
-SECONDS_A_PART = 4.0
-RESERVE_S = 15.0  # for the ceilings at the end
-
-
-class Sample(NamedTuple):
-    """Milliseconds of one call: on the GPU, and of the host to launch it."""
-
-    ms: float
-    host_ms: float
-
-
-Timer = Callable[[Contestant, float], Sample]
-
-
-class CudaTimer:
-    """Times a contestant by CUDA events.
-
-    Before a single call the L2 cache is filled by reading something else (reading, since a cache full of unwritten
-    lines would have to be written back in the call's time), and the GPU is kept busy for ``stall_ms``, so that the host
-    has launched all of the call before the first of its kernels starts.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        flushed = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 28)
-        self.buffer = torch.zeros(flushed // 4, device=device)
-        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cycles = 20_000_000
-        for _ in range(2):  # the first time also loads the kernel
-            self.start.record()
-            torch.cuda._sleep(cycles)
-            self.end.record()
-            self.end.synchronize()
-        self.cycles_per_ms = cycles / self.start.elapsed_time(self.end)
-
-    def __call__(self, contestant: Contestant, stall_ms: float) -> Sample:
-        state = contestant.prepare()
-        if contestant.in_a_row == 1:
-            self.buffer.sum()
-            torch.cuda._sleep(int(stall_ms * self.cycles_per_ms))
-        else:
-            torch.cuda.synchronize()
-        self.start.record()
-        began = time.perf_counter()
-        for _ in range(contestant.in_a_row):
-            contestant.call(state)
-        host_ms = 1e3 * (time.perf_counter() - began)
-        self.end.record()
-        self.end.synchronize()
-        return Sample(self.start.elapsed_time(self.end) / contestant.in_a_row, host_ms / contestant.in_a_row)
-
-
-def interleave(
-    contestants: dict[str, Contestant], timer: Timer, rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[Sample]]:
-    """Samples of each contestant, who take turns, in an order that changes from round to round.
-
-    After the warm-up come ``rounds`` rounds, or as many as take ``SECONDS_A_PART``, but at least ``FEWEST_ROUNDS``.
-    """
-    stalls: dict[str, float] = {}
-    for name, contestant in contestants.items():
-        timer(contestant, 0.0)  # compiles what is compiled at the first call
-        stalls[name] = 0.1 + 1.5 * max(timer(contestant, 1.0).host_ms for _ in range(WARMUP_ROUNDS))
-    began = clock()
-    for name, contestant in contestants.items():
-        timer(contestant, stalls[name])
-    fitting = int(SECONDS_A_PART / max(clock() - began, 1e-9))
-    samples: dict[str, list[Sample]] = {name: [] for name in contestants}
-    for number in range(max(FEWEST_ROUNDS, min(rounds, fitting))):
-        for name in turn(list(contestants), number):
-            samples[name].append(timer(contestants[name], stalls[name]))
-    return samples
-
-
-def turn(names: list[str], number: int) -> list[str]:
-    """The order of a round: everyone is first in turn, and before the others as often as behind them."""
-    start = number // 2 % len(names)
-    order = names[start:] + names[:start]
-    return order[::-1] if number % 2 else order
-
-
-def measure_ceilings(device: torch.device, timer: Timer) -> dict[str, float]:
-    """Bytes a second, read and written, of a copy of 1 GiB; FLOPs a second of a bf16 product of 8192 x 8192 numbers."""
-    n = 8192
-    source, a, b = (torch.randn(size, dtype=torch.bfloat16, device=device) for size in (1 << 29, (n, n), (n, n)))
-    target, c = torch.empty_like(source), torch.empty_like(a)
-    contestants = {
-        "copy": Contestant(lambda _: target.copy_(source)),
-        "matmul": Contestant(lambda _: torch.mm(a, b, out=c)),
-    }
-    for _ in range(200):  # about a third of a second, for the clocks to settle where this load lets them
-        contestants["matmul"].call(None)
-    medians = {
-        name: statistics.median(sample.ms for sample in samples)
-        for name, samples in interleave(contestants, timer, 20).items()
-    }
-    moved = 2 * source.numel() * source.element_size()
-    return {
-        "copy_bytes_per_s": 1e3 * moved / medians["copy"],
-        "matmul_flops_per_s": 1e3 * 2 * n**3 / medians["matmul"],
-    }
-
-
-def drifted(before: dict[str, float], after: dict[str, float]) -> list[str]:
-    """A sentence for each ceiling that changed by more than ``MOST_DRIFT``."""
-    changes = {name: after[name] / before[name] - 1 for name in before}
-    return [
-        f"{name} changed by {change:+.1%} during the run; at most {MOST_DRIFT:.0%} is allowed"
-        for name, change in changes.items()
-        if not abs(change) <= MOST_DRIFT
-    ]
-
-
-def bench(
-    record: Record,
-    todo: Sequence[Case],
-    run: Callable[..., Iterator[dict[str, Any]]],
-    ceilings: Callable[[], dict[str, float]],
-    clean_up: Callable[[], None],
-    limit_s: float,
-    clock: Callable[[], float] = time.monotonic,
-) -> None:
-    """Run the cases until ``limit_s`` seconds are over, between two measurements of the ceilings.
-
-    Args:
-        run: called with a case and ``ceilings``, gives its results (see ``run_case``).
-        ceilings: measures them.
-        clean_up: called after each case; raises RuntimeError where the GPU is in error.
-    """
-    deadline = clock() + limit_s
-    before = ceilings()
-    record.update(results=[{"ceilings": "before", **before}])
-    for number, case in enumerate(todo):
-        if clock() > deadline - RESERVE_S:
-            missed = "; ".join(case.name for case in todo[number:])
-            record.update(problems=[f"the time did not do for {missed}"])
-            break
-        try:
-            for result in run(case, ceilings=before):
-                wrong = {name: result["left_out"][name] for name in OURS if name in result["left_out"]}
-                problems = [f"{case.name}: {name}: {reason}" for name, reason in wrong.items()]
-                record.update(results=[result], problems=problems)
-                print_result(result)
-        except Exception as error:  # the other cases' figures are wanted all the same
-            record.update(problems=[f"{case.name}: {_first_line(error)}"])
-        try:
-            clean_up()
-        except RuntimeError as error:  # a process cannot recover from it
-            record.update(problems=[f"{case.name} left the GPU in error, and the run ends: {_first_line(error)}"])
-            return
-    after = ceilings()
-    problems = drifted(before, after)
-    record.update(results=[{"ceilings": "after", **after}], problems=problems, valid=not problems)
-
-
-def clean_up() -> None:
-    """Let go of what a case held, and wait for the GPU."""
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-
-
-def run_case(
-    case: Case, *, device: torch.device, timer: Timer, rounds: int, ceilings: dict[str, float]
-) -> Iterator[dict[str, Any]]:
-    """Hold the contestants to the truth, then time each part of the case.
-
-    Yields:
-        One dict a part: the case's and the part's name, bytes, FLOPs and floor; ``times`` by contestant, ``ratios``, by
-        backend of ours, of each other contestant's time to its within a round (above 1: ours is faster), and
-        ``left_out``: who is not timed, and why.
-    """
-    torch.manual_seed(0)
-    setup = case.build(device)
-    errors: dict[str, float] = {}
-    left_out: dict[str, str] = {}
-    for name, error_of in setup.errors.items():
-        try:
-            error = error_of()
-        except Exception as failure:  # whatever one of them fails with, the others are to be timed
-            left_out[name] = _first_line(failure)
-            continue
-        if error <= case.allowed:  # a NaN is not
-            errors[name] = error
-        else:
-            left_out[name] = f"wrong: its relative error is {error:.3g}, allowed is {case.allowed:g}"
-    for part, contestants in setup.parts.items():
-        samples = interleave({name: contestants[name] for name in errors}, timer, rounds) if errors else {}
-        floor = case.work[part].floor_ms(ceilings)
-        yield {
-            "case": case.name,
-            "op": case.op,
-            "part": part,
-            "bytes": case.work[part].bytes,
-            "flops": case.work[part].flops,
-            "tokens": case.tokens,
-            "floor_ms": floor,
-            "times": {
-                name: {"relative_error": errors[name], **summary(of_one, floor)} for name, of_one in samples.items()
-            },
-            "ratios": ratios(samples),
-            "left_out": left_out,
-        }
-
-
-def summary(samples: Sequence[Sample], floor_ms: float) -> dict[str, Any]:
-    """Median, least and greatest of the samples' milliseconds, and the floor as a part of the median."""
-    times = [sample.ms for sample in samples]
-    median = statistics.median(times)
-    return {
-        "median_ms": median,
-        "min_ms": min(times),
-        "max_ms": max(times),
-        "host_ms": statistics.median(sample.host_ms for sample in samples),
-        "of_floor": floor_ms / median,
-        "samples_ms": times,
-    }
-
-
-def ratios(samples: dict[str, list[Sample]]) -> dict[str, dict[str, dict[str, float]]]:
-    """By ours and by other contestant: median, least and greatest of its time over ours, taken round by round."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for ours in OURS:
-        for name, theirs in samples.items():
-            if name != ours and ours in samples:
-                values = [their.ms / our.ms for their, our in zip(theirs, samples[ours], strict=True)]
-                ratio = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-                found.setdefault(ours, {})[name] = ratio
-    return found
-
-
-def print_result(result: dict[str, Any]) -> None:
-    rows = []
-    for name, times in result["times"].items():
-        of_each = [result["ratios"].get(ours, {}).get(name) for ours in OURS]
-        rows.append(
-            (
-                f"  {name}",
-                f"{times['median_ms']:.4f} ({times['min_ms']:.4f}, {times['max_ms']:.4f})",
-                f"{times['of_floor']:.0%}",
-                f"{times['host_ms']:.3f}",
-                *(f"{r['median']:.2f}x ({r['min']:.2f}, {r['max']:.2f})" if r else "" for r in of_each),
-                f"{1e3 * result['tokens'] / times['median_ms']:,.0f}" if result["tokens"] else "",
-            )
-        )
-    headings = ("ms: median (min, max)", "of ceiling", "host ms", *(f"time / {ours}'s" for ours in OURS), "tokens/s")
-    print_table((f"{result['case']}, {result['part']}", *headings), rows)
-    for name, reason in result["left_out"].items():
-        print(f"  {name} left out: {reason}", flush=True)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def violations(data: Any) -> list[str]:
 
 
 def result_path(about: dict[str, Any], folder: Path | None = None) -> Path:
-    """KIND_DEVICE_DATE.json in ``folder``: by itself benchmarks/results of the checkout, or where there is none, here."""
+    """KIND_DEVICE_DATE.json in ``folder``: by itself benchmarks/results of the checkout, where there is none, here."""
     device = about["machine"]["gpu"] or about["machine"]["cpu"]
     name = "_".join((about["kind"], _slug(device), _slug(about["date"].partition("+")[0])))
     in_checkout = (REPOSITORY / "pyproject.toml").is_file()

@@ -275,6 +275,12 @@ def reason_against(
     return None
 
 
+def stand_in(op: str, backend: str) -> str:
+    """What takes the place of hardware that is not there where ``backend`` runs ``op``; "" where nothing does."""
+    entry = _table[op].get(backend)
+    return "" if entry is None else entry.how
+
+
 def explain(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
     """One row per op: which backend runs it on such tensors, why that one, and why each of the others does not.
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.benchmarks.errors import allowed_error, largest
+
 BACKENDS = ("reference", "torch", "triton", "cpp", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,14 +49,14 @@ def check(op: Op, backend: str, peer: Op, inputs: dict[str, Tensor], **options: 
     truth, _ = _forward_and_backward(_on(op, "reference"), wide_inputs, options, wide_upstream)
     _hold_truth(op, truth, _forward_and_backward(peer, wide_inputs, options, wide_upstream)[0])
     got, _ = _forward_and_backward(_on(op, backend), inputs, options, upstream)
-    largest_upstream = max(_largest(dy) for dy in wide_upstream)
+    largest_upstream = max(largest(dy) for dy in wide_upstream)
     for name, true in truth.items():
         _hold(
             f"{op.__name__} on {backend} in {_dtype_of(inputs)}: {name}",
             got[name],
             expected[name],
             true,
-            2**-20 * largest_upstream if name.startswith("gradient") else 0.0,
+            largest_upstream if name.startswith("gradient") else 0.0,
         )
 
 
@@ -81,23 +83,22 @@ def _hold_truth(op: Op, truth: dict[str, Tensor], peer: dict[str, Tensor]) -> No
     for name, wanted in peer.items():
         what = f"{op.__name__} on reference in float64: {name}"
         assert truth[name].dtype == torch.float64, f"{what} has dtype {truth[name].dtype}"
-        error, allowed = _largest(truth[name] - wanted), 1e-12 * (_largest(wanted) + 1)
+        error, allowed = largest(truth[name] - wanted), 1e-12 * (largest(wanted) + 1)
         assert error <= allowed, (
             f"{what} is off by {error:.3g} from PyTorch's own, allowed is {allowed:.3g}; {_worst(truth[name], wanted)}"
         )
 
 
-def _hold(what: str, got: Tensor, peer: Tensor, true: Tensor, extra: float) -> None:
+def _hold(what: str, got: Tensor, peer: Tensor, true: Tensor, largest_upstream: float) -> None:
     assert torch.isfinite(true).all(), f"{what}: the truth is not finite, so the case tests nothing"
     assert got.shape == true.shape, f"{what} has shape {tuple(got.shape)}, wanted is {tuple(true.shape)}"
     assert got.dtype == peer.dtype, f"{what} has dtype {got.dtype}, wanted is {peer.dtype}"
-    error, peer_error, largest = _largest(got.double() - true), _largest(peer.double() - true), _largest(true)
+    error, peer_error, largest_true = (largest(x) for x in (got.double() - true, peer.double() - true, true))
     assert peer_error < float("inf"), f"{what}: PyTorch's own is not finite, so the case tests nothing"
-    rounding = torch.finfo(got.dtype).eps / 2
-    allowed = 2 * peer_error + (rounding + 2**-22) * largest + extra
+    allowed = allowed_error(peer_error, largest_true, got.dtype, largest_upstream)
     assert error <= allowed, (
         f"{what} is off by {error:.3g}, allowed is {allowed:.3g} (PyTorch's own is off by {peer_error:.3g}, the "
-        f"largest true value is {largest:.3g}); {_worst(got, true)}"
+        f"largest true value is {largest_true:.3g}); {_worst(got, true)}"
     )
 
 
@@ -105,11 +106,6 @@ def _worst(got: Tensor, true: Tensor) -> str:
     error = (got.double() - true.double()).abs().nan_to_num(nan=torch.inf)
     place = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     return f"the worst element is at {place}: got {got[place].item():.9g}, true is {true[place].item():.9g}"
-
-
-def _largest(x: Tensor) -> float:
-    """The largest magnitude; infinity where there is a NaN, so that no comparison with it can pass."""
-    return float(x.double().abs().nan_to_num(nan=torch.inf).max()) if x.numel() else 0.0
 
 
 def _on(op: Op, backend: str) -> Op:

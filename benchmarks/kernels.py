@@ -1,0 +1,369 @@
+"""`fastgpt bench kernels`: every op on every backend beside its peers, held to the truth and then timed.
+
+Per case and part the file says how long each took, which share of the measured ceiling that is, and the ratio of each
+peer's time to ours. Who is wrong is not timed, and named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt import dispatch
+from fastgpt.benchmarks import cases, result
+from fastgpt.benchmarks.cases import Case, WrongResult
+from fastgpt.benchmarks.harness import (
+    FEWEST_ROUNDS,
+    Ceilings,
+    Timer,
+    drifted,
+    first_line,
+    interleave,
+    measure_ceilings,
+    print_table,
+    progress_bar,
+    ratios,
+    timer_for,
+)
+from fastgpt.benchmarks.machine import OtherWork
+from fastgpt.benchmarks.result import Result, spread
+from fastgpt.config import UserError
+
+RESERVE_S = 15.0  # for the ceilings at the end
+DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32", "fp16")}
+DEFAULT_SECONDS = {"tiny": 0.0, "small": 0.5, "full": 4.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Args:
+        device: on which.
+        size: "full", "small" or "tiny": see ``cases.SIZES``.
+        dtypes: of the cases; None takes ``DEFAULT_DTYPES`` of the device.
+        only: cases whose name contains one of these texts; none takes all.
+        without: competitors that stay out.
+        rounds: samples of each competitor at most.
+        seconds: that the rounds of a part may take, but for the fewest; None takes ``DEFAULT_SECONDS`` of the size.
+    Raises:
+        UserError: a setting that cannot be followed.
+    """
+
+    device: torch.device
+    size: str = "full"
+    dtypes: tuple[str, ...] | None = None
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    rounds: int = 30
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds < FEWEST_ROUNDS:
+            raise UserError(f"--rounds must be at least {FEWEST_ROUNDS}, got {self.rounds}")
+        if self.seconds is not None and not self.seconds >= 0:
+            raise UserError(f"--seconds must be at least 0, got {self.seconds:g}")
+
+    def settings(self) -> dict[str, Any]:
+        """What the file says under "settings"."""
+        return {
+            "size": self.size,
+            "dtypes": list(self.dtypes or DEFAULT_DTYPES[self.device.type]),
+            "only": list(self.only),
+            "without": list(self.without),
+            "rounds": self.rounds,
+            "seconds": DEFAULT_SECONDS[self.size] if self.seconds is None else self.seconds,
+        }
+
+    def cases(self) -> list[Case]:
+        """
+        Raises:
+            UserError: ``only`` names none.
+        """
+        every = cases.cases(self.size, self.device.type, self.settings()["dtypes"])
+        chosen = [case for case in every if not self.only or any(text in case.name for text in self.only)]
+        if not chosen:
+            names = "; ".join(case.name for case in every)
+            raise UserError(f"--only: {' or '.join(map(repr, self.only))} is in none of these names: {names}")
+        return chosen
+
+
+def measure(
+    options: Options,
+    *,
+    out: Path | None = None,
+    folder: Path | None = None,
+    resume: Path | None = None,
+    limit_s: float | None = None,
+    commit: str | None = None,
+) -> Result:
+    """Run the cases and write the file.
+
+    Args:
+        options: what is measured.
+        out: the file; None gives it a name in ``folder``, and None there means benchmarks/results.
+        resume: a file to go on with.
+        limit_s: seconds after which no further case begins.
+        commit: where git cannot tell.
+    Raises:
+        UserError: ``options`` name no case, or ``resume`` is a file of something else.
+    """
+    todo, settings = options.cases(), options.settings()
+    about = result.describe("kernels", options.device, settings, commit=commit)
+    file = Result(resume or out or result.result_path(about, folder), about, resume=resume is not None)
+    absent = absent_competitors(options)
+    timer, others = timer_for(options.device, hasty=options.size == "tiny"), OtherWork()
+    run = functools.partial(
+        run_case,
+        device=options.device,
+        timer=timer,
+        rounds=options.rounds,
+        seconds=settings["seconds"],
+        absent=absent,
+        others=others,
+    )
+    ceilings = functools.partial(measure_ceilings, options.device, timer)
+    file.update(absent=absent)
+    bench(file, todo, run, ceilings, functools.partial(clean_up, options.device), options.device, limit_s)
+    file.update(others_cores=others.cores)
+    print(others)
+    return file
+
+
+def absent_competitors(options: Options) -> dict[str, str]:
+    """Who takes part in no case, and why: peers that are not here, and backends that run no op or would be emulated."""
+    absent = cases.absent_peers(options.device)
+    dtypes = [cases.DTYPES[name] for name in options.settings()["dtypes"]]
+    for backend in dispatch.BACKENDS:
+        reasons = [reason_not_to_time(op, backend, options.device, dtype) for op in dispatch.OPS for dtype in dtypes]
+        if all(reasons):
+            absent[backend] = next(filter(None, reasons))
+    return {**absent, **dict.fromkeys(options.without, "left out by --without")}
+
+
+def reason_not_to_time(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend is not timed on an op, or None."""
+    reason = dispatch.reason_against(op, backend, device.type, dtype)
+    if reason is None and dispatch.stand_in(op, backend):
+        reason = f"it runs {dispatch.stand_in(op, backend)}, whose time says nothing of the kernel's"
+    return reason
+
+
+def bench(
+    file: Result,
+    todo: Sequence[Case],
+    run: Callable[..., Iterator[dict[str, Any]]],
+    ceilings: Callable[[], Ceilings],
+    clean_up: Callable[[], None],
+    device: torch.device,
+    limit_s: float | None,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Run the cases that the file does not have yet, between two measurements of the ceilings.
+
+    Args:
+        file: takes the rows.
+        todo: the cases.
+        run: called with a case and ``ceilings``, gives its rows (see ``run_case``).
+        ceilings: measures them.
+        clean_up: called after each case; raises RuntimeError where the GPU is in error.
+        device: whose ceilings they are.
+        limit_s: seconds after which no further case begins; None sets no limit.
+    """
+    deadline = float("inf") if limit_s is None else clock() + limit_s
+    before = file.data["ceilings"]["before"] or ceilings()
+    file.update(ceilings={"before": before, "after": None})
+    complete = True
+    with progress_bar() as bar:
+        task = bar.add_task("", total=len(todo))
+        for number, case in enumerate(todo):
+            if clock() > deadline - RESERVE_S:
+                missed = "; ".join(case.name for case in todo[number:])
+                file.update(problems=[f"the time did not do for {missed}"])
+                complete = False
+                break
+            bar.update(task, description=case.name)
+            if all(file.has(case=case.name, part=part) for part in case.work):
+                file.update(problems=problems_of(case, file.rows, device))
+            else:
+                complete = _run(file, case, run, before, device) and complete
+                try:
+                    clean_up()
+                except RuntimeError as error:  # a process cannot recover from it
+                    file.update(problems=[f"{case.name} left the GPU in error, and the run ends: {first_line(error)}"])
+                    return
+            bar.advance(task)
+    after = ceilings()
+    problems = drifted(before, after, device)
+    file.update(ceilings={"before": before, "after": after}, problems=problems, complete=complete, valid=not problems)
+
+
+def _run(
+    file: Result, case: Case, run: Callable[..., Iterator[dict[str, Any]]], ceilings: Ceilings, device: torch.device
+) -> bool:
+    """Run a case; False where it came to no end."""
+    done = [row for row in file.rows if row["case"] == case.name]
+    file.rows[:] = [row for row in file.rows if row not in done]  # a part of a case that was cut short
+    try:
+        rows = []
+        for row in run(case, ceilings=ceilings):
+            rows.append(row)
+            file.update(rows=[row])
+            print_row(row)
+    except Exception as error:  # the other cases' figures are wanted all the same
+        file.update(problems=[f"{case.name}: {first_line(error)}"])
+        return False
+    file.update(problems=problems_of(case, rows, device))
+    return True
+
+
+def problems_of(case: Case, rows: Sequence[dict[str, Any]], device: torch.device) -> list[str]:
+    """A sentence for each of our backends that should have been timed in the case and was not."""
+    dtype = cases.DTYPES[case.dtype]
+    return list(
+        dict.fromkeys(
+            f"{case.name}: {name}: {reason}"
+            for row in rows
+            for name, reason in row["left_out"].items()
+            if row["case"] == case.name
+            and name in dispatch.BACKENDS
+            and reason != reason_not_to_time(case.op, name, device, dtype)
+        )
+    )
+
+
+def clean_up(device: torch.device) -> None:
+    """Let go of what a case held, and wait for the device."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def run_case(
+    case: Case,
+    *,
+    device: torch.device,
+    timer: Timer,
+    rounds: int,
+    seconds: float,
+    ceilings: Ceilings,
+    absent: dict[str, str],
+    others: OtherWork,
+) -> Iterator[dict[str, Any]]:
+    """Hold the competitors to the truth, then time each part of the case.
+
+    Args:
+        case: to run.
+        device: where.
+        timer, rounds, seconds: as ``harness.interleave`` takes them.
+        ceilings: measured before.
+        absent: who does not take part at all.
+        others: counts what other programs do while times are taken.
+    Yields:
+        A row of the file for each part.
+    """
+    torch.manual_seed(0)
+    problem = case.build(device)
+    errors: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for name in problem.names():
+        if name in absent:
+            continue
+        if name in dispatch.BACKENDS:
+            reason = reason_not_to_time(case.op, name, device, cases.DTYPES[case.dtype])
+            if reason is not None:
+                left_out[name] = reason
+                continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's, why it has no kernel: the error follows
+                errors[name] = problem.check(name)
+        except WrongResult as wrong:
+            left_out[name] = f"wrong: {wrong}"
+        except Exception as failure:  # whatever one of them fails with, the others are to be timed
+            left_out[name] = first_line(failure)
+    for part, work in case.work.items():
+        contestants = {name: problem.contestant(name, part) for name in errors}
+        with others:
+            samples = interleave(contestants, timer, rounds, seconds) if contestants else {}
+        floor = work.floor_ms(ceilings, case.dtype)
+        times = {name: [sample.ms for sample in of_one] for name, of_one in samples.items()}
+        competitors: dict[str, Any] = {}
+        for name, of_one in samples.items():
+            of_times = spread(times[name])
+            median = of_times["median"]
+            host = [sample.host_ms for sample in of_one if sample.host_ms is not None]
+            competitors[name] = {
+                "ours": name in dispatch.BACKENDS,
+                "relative_error": errors[name],
+                "median_ms": median,
+                "min_ms": of_times["min"],
+                "max_ms": of_times["max"],
+                "host_ms": statistics.median(host) if host else None,
+                "samples_ms": times[name],
+                "of_ceiling": floor / median,
+                "bytes_per_s": 1e3 * work.bytes / median,
+                "flops_per_s": 1e3 * work.flops / median,
+            }
+        yield {
+            "op": case.op,
+            "case": case.name,
+            "part": part,
+            "dtype": case.dtype,
+            "shape": case.shape,
+            "bytes": work.bytes,
+            "flops": work.flops,
+            "floor_ms": floor,
+            "competitors": competitors,
+            "ratios": {
+                ours: {peer: ratios(times[ours], times[peer]) for peer in times if peer not in dispatch.BACKENDS}
+                for ours in times
+                if ours in dispatch.BACKENDS
+            },
+            "left_out": left_out,
+        }
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print a row as a table, the fastest first."""
+    ours = [name for name in row["ratios"] if name not in ("reference", "torch")] or list(row["ratios"])
+    lines = []
+    for name, figures in sorted(row["competitors"].items(), key=lambda item: item[1]["median_ms"]):
+        of_each = [row["ratios"][mine].get(name) for mine in ours]
+        computes = row["flops"] and figures["flops_per_s"] >= figures["bytes_per_s"]
+        rate = (
+            f"{figures['flops_per_s'] / 1e9:,.0f} GFLOP/s" if computes else f"{figures['bytes_per_s'] / 1e9:,.1f} GB/s"
+        )
+        lines.append(
+            (
+                f"  {name}",
+                f"{figures['median_ms']:.4f} ({figures['min_ms']:.4f}, {figures['max_ms']:.4f})",
+                f"{figures['of_ceiling']:.0%}",
+                f"{rate:,.1f} {'GFLOP/s' if computes else 'GB/s'}",
+                "" if figures["host_ms"] is None else f"{figures['host_ms']:.3f}",
+                *(f"{r['median']:.2f}x ({r['min']:.2f}, {r['max']:.2f})" if r else "" for r in of_each),
+            )
+        )
+    headings = ("ms: median (min, max)", "of ceiling", "rate", "host ms", *(f"time / {mine}'s" for mine in ours))
+    print_table((f"{row['case']}, {row['part']}", *headings), lines)
+    for name, reason in row["left_out"].items():
+        print(f"  {name} left out: {reason}")
+
+
+def say_how_it_ended(file: Result) -> int:
+    """Print the problems and where the file is; the exit code: 0 where the run is valid and has no problems."""
+    for problem in file.data["problems"]:
+        print(problem)
+    print(f"{'valid' if file.data['valid'] else 'not valid'}: {file.path}")
+    return 0 if file.data["valid"] and not file.data["problems"] else 1
