@@ -28,6 +28,7 @@ INK, FAINT = "#1b1f24", "#d5d9de"
 
 _MOST_BARS = 34  # of one picture; an op of more gets several
 _BAR_IN = 0.165
+_MAGNIFIED = tuple(first * 10**power for power in range(1, 5) for first in (1, 2, 5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Picture:
 
 def op_bars(op: str, rows: Sequence[dict[str, Any]]) -> list[Picture]:
     """Bars of one op: for each case and part its competitors, the fastest first, by the fraction of the ceiling that
-    they reach, with their median times."""
+    they reach, with their median times. Bars that would be too short to see are drawn longer, by a factor that is named.
+    """
     sheets: list[list[dict[str, Any]]] = [[]]
     for row in rows:
         if sheets[-1] and sum(map(_lines, (*sheets[-1], row))) > _MOST_BARS:
@@ -60,31 +62,60 @@ def op_bars(op: str, rows: Sequence[dict[str, Any]]) -> list[Picture]:
     ]
 
 
+def _best_reach(row: dict[str, Any]) -> float:
+    return max((one["of_ceiling"] for one in row["competitors"].values()), default=1.0)
+
+
+def _magnified(row: dict[str, Any]) -> int:
+    """How many times as long a row's bars are drawn: those of small calls, far below any ceiling, would not be seen."""
+    best = _best_reach(row)
+    if best >= 0.1:
+        return 1
+    return next((factor for factor in _MAGNIFIED if factor * best >= 0.35), _MAGNIFIED[-1])
+
+
 def _lines(row: dict[str, Any]) -> int:
-    return 2 + len(row["competitors"]) + len(row["left_out"])
+    return 2 + len(row["competitors"]) + len(_to_name(row))
+
+
+def _to_name(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Who is named though not timed: who is wrong, and any of our backends. A peer that cannot run is in a list."""
+    return [
+        (name, reason) for name, reason in row["left_out"].items() if name in BACKENDS or reason.startswith("wrong")
+    ]
 
 
 def _op_sheet(op: str, rows: Sequence[dict[str, Any]], suffix: str, number: int) -> Picture:
     height = sum(map(_lines, rows)) * _BAR_IN + 0.75
     figure, (axes,) = _figure(height)
     y, ticks, labels = 0.0, [], []
-    furthest = max((one["of_ceiling"] for row in rows for one in row["competitors"].values()), default=1.0)
-    limit = max(1.0, furthest)
+    limit = max([1.0, *(_magnified(row) * _best_reach(row) for row in rows)])
     for row in rows:
-        what = row["case"].removeprefix(f"{op}, ")
-        axes.text(0, y + 0.2, f"{what}, {row['part']}", fontsize=7.5, fontweight="bold", va="center", ha="left")
+        magnified = _magnified(row)
+        what = f"{row['case'].removeprefix(f'{op}, ')}, {row['part']}"
+        what += "" if magnified == 1 else f" (bars x {magnified})"
+        heading = axes.annotate(
+            what,
+            (0.012, y + 0.2),
+            xycoords=("figure fraction", "data"),
+            fontsize=7.5 if len(what) < 60 else 6.8,
+            fontweight="bold",
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+        heading.set_in_layout(False)
         y += 1
         for name, one in sorted(row["competitors"].items(), key=lambda item: item[1]["median_ms"]):
-            colour = _bar_colour(name, one["ours"])
-            axes.barh(y, one["of_ceiling"], height=0.72, color=colour)
-            reach = [row["floor_ms"] / one["max_ms"], min(row["floor_ms"] / one["min_ms"], 1.12 * limit)]
-            axes.plot(reach, [y, y], color=INK, linewidth=0.8, alpha=0.55)
-            beyond = max(one["of_ceiling"], reach[1])
-            axes.text(beyond + 0.015 * limit, y, milliseconds(one["median_ms"]), fontsize=7, va="center")
+            reached = magnified * one["of_ceiling"]
+            axes.barh(y, reached, height=0.72, color=_bar_colour(name, one["ours"]))
+            least, most = (magnified * row["floor_ms"] / one[f"{which}_ms"] for which in ("max", "min"))
+            most = min(most, 1.12 * limit)
+            axes.plot([least, most], [y, y], color=INK, linewidth=0.8, alpha=0.55)
+            axes.text(max(reached, most) + 0.015 * limit, y, milliseconds(one["median_ms"]), fontsize=7, va="center")
             ticks.append(y)
             labels.append((name, INK if one["ours"] else "#5d656f", one["ours"]))
             y += 1
-        for name, reason in row["left_out"].items():
+        for name, reason in _to_name(row):
             wrong = reason.startswith("wrong")
             colour = WRONG if wrong else "#5d656f"
             axes.text(

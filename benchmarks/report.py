@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import string
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -208,7 +209,7 @@ def _run_card(run: Run) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None),
         "commit": data["commit"] or "unknown",
         "date": _date(data),
-        "settings": ", ".join(f"{name} {value}" for name, value in data["settings"].items()) or "none",
+        "settings": _settings(data["settings"]),
     }
     if machine["gpu"]:
         memory = f", {machine['gpu_memory_bytes'] / 2**30:.0f} GiB" if machine["gpu_memory_bytes"] else ""
@@ -232,6 +233,15 @@ def _run_card(run: Run) -> str:
     )
 
 
+def _settings(settings: dict[str, Any]) -> str:
+    """In words; what is empty was not asked for."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+    words = (
+        f"{name} {', '.join(map(str, values))}" for name, values in lists.items() if values not in ([], [None], [""])
+    )
+    return "; ".join(words) or "none"
+
+
 def _ceilings(ceilings: dict[str, Any]) -> str:
     before, after = ceilings["before"], ceilings["after"]
 
@@ -252,7 +262,7 @@ def _kernels(page: _Page, data: dict[str, Any]) -> str:
     summary = summarise(rows, ("op", "dtype"))
     if summary:
         content += "<h3>By op</h3>" + page.table(
-            ("op", "dtype", "backend", "beside the best peer", "least", "most", "of ceiling", "cases"),
+            ("op", "dtype", "backend", "beside the best peer", "least", "most", "of ceiling", "rows"),
             [
                 (
                     Cell(line["op"]),
@@ -265,8 +275,12 @@ def _kernels(page: _Page, data: dict[str, Any]) -> str:
                 for line in summary
             ],
         )
-    wrong = [(f"{row['case']}, {name}", reason) for row in rows for name, reason in row["left_out"].items()]
-    content += _reasons("Left out of the timing", list(dict.fromkeys(wrong)))
+    left_out = Counter((row["op"], name, why) for row in rows for name, why in row["left_out"].items())
+    in_order = sorted(left_out, key=lambda who: not who[2].startswith("wrong"))
+    content += _reasons(
+        "Left out of the timing",
+        [(f"{op}, {name} ({_plural(left_out[op, name, why], 'row')})", why) for op, name, why in in_order],
+    )
     pictures: list[Picture | None] = []
     if summary:
         pictures.append(figures.ratio_bars(summarise(rows, ("op",)), "Our backends beside the best peer"))
@@ -466,6 +480,10 @@ def _reasons(title: str, reasons: Sequence[tuple[str, str]]) -> str:
     )
     opened = " open" if len(reasons) <= 8 else ""
     return f"<details{opened}><summary>{escape(title)} ({len(reasons)})</summary><ul>{items}</ul></details>"
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _class(name: str | None) -> str:

@@ -6,15 +6,10 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def digits(value: float) -> str:
-    """Three significant digits, all of those before the point: 0.0123, 1.23, 1,234."""
+    """Three significant digits, and all of those before the point: 0.0123, 1.20, 1,234."""
     if value == 0:
         return "0"
-    if abs(value) >= 99.95:
-        return f"{value:,.0f}"
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    if whole:
-        return f"{value:.{3 - whole}f}"
-    return f"{value:.3g}" if abs(value) >= 1e-4 else f"{value:.1e}"
+    return f"{value:#.3g}" if abs(value) < 99.95 else f"{value:,.0f}"
 
 
 def milliseconds(value: float) -> str:
@@ -38,8 +33,8 @@ def round_quantity(value: float, unit: str) -> str:
 
 
 def percent(part: float) -> str:
-    """45%; with a digit after the point below ten."""
-    return f"{part:.0%}" if part >= 0.0995 else f"{part:.1%}"
+    """45%; with two significant digits below ten."""
+    return f"{part:.0%}" if part >= 0.0995 else f"{100 * part:.2g}%"
 
 
 def times(ratio: float) -> str:
