@@ -49,7 +49,7 @@ class Picture:
 
 def op_bars(op: str, rows: Sequence[dict[str, Any]]) -> list[Picture]:
     """Bars of one op: for each case and part its competitors, the fastest first, by the fraction of the ceiling that
-    they reach, with their median times. Bars that would be too short to see are drawn longer, by a factor that is named.
+    they reach, with their median times. Bars too short to be seen are drawn longer, by a factor that is named.
     """
     sheets: list[list[dict[str, Any]]] = [[]]
     for row in rows:
