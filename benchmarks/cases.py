@@ -32,13 +32,16 @@ from fastgpt.optim import AdamW
 
 FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "forward and backward", "step"
 
-EAGER, COMPILED, FLEX, FLASH_ATTN, LIGER = "torch eager", "torch.compile", "FlexAttention", "flash-attn", "Liger"
+EAGER, COMPILED, FUSED = "torch eager", "torch.compile", "torch fused"
+FLEX, FLASH_ATTN, LIGER = "FlexAttention", "flash-attn", "Liger"
 SDPA_BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
+
+PEERS = (EAGER, COMPILED, FUSED, FLEX, FLASH_ATTN, LIGER, *SDPA_BACKENDS)
 
 # ||result - truth|| / ||truth|| of a peer: PyTorch's layer norm on a CPU, which sums its parameters' gradients in bf16,
 # is off by 0.07.
@@ -540,7 +543,7 @@ def adamw_case(shapes: Sequence[tuple[int, ...]]) -> Case:
         changes: dict[str, Callable[[], Change]] = {
             **{name: functools.partial(optimizer, AdamW, backend=name) for name in BACKENDS},
             EAGER: functools.partial(optimizer, plain, foreach=True),
-            "torch fused": functools.partial(optimizer, plain, fused=True),
+            FUSED: functools.partial(optimizer, plain, fused=True),
             COMPILED: functools.partial(
                 optimizer, plain, compiled=True, foreach=True, capturable=device.type == "cuda"
             ),

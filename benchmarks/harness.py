@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastgpt.benchmarks.result import spread
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 FEWEST_ROUNDS = 7  # below that a median is no figure to quote
 WARMUP_ROUNDS = 2
@@ -254,12 +255,17 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], say: Cal
 
 
 def progress_bar() -> Progress:
-    """A bar on stderr with the time left, on a terminal; what is printed to its console appears above it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(
-        *columns,
-        TextColumn("left:"),
-        TimeRemainingColumn(),
+    """A bar on stderr with the time left, on a terminal; what is printed meanwhile appears above it."""
+    from rich import progress  # the sanitizer's programs do without
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left:"),
+        progress.TimeRemainingColumn(),
         console=Console(stderr=True, soft_wrap=True, highlight=False, markup=False),
         transient=True,
         disable=not sys.stderr.isatty(),

@@ -12,7 +12,7 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ from fastgpt.benchmarks.harness import (
 from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.result import Result, spread
 from fastgpt.config import UserError
+
+# Called with a case and ``ceilings``, gives its rows.
+CaseRunner = Callable[..., list[dict[str, Any]]]
 
 RESERVE_S = 15.0  # for the ceilings at the end
 DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32", "fp16")}
@@ -70,6 +73,13 @@ class Options:
     def __post_init__(self) -> None:
         if self.rounds < FEWEST_ROUNDS:
             raise UserError(f"--rounds must be at least {FEWEST_ROUNDS}, got {self.rounds}")
+        for name in self.dtypes or ():
+            if name not in cases.DTYPES:
+                raise UserError(f"--dtype: there is no {name!r}; they are {', '.join(cases.DTYPES)}")
+        for name in self.without:
+            if name not in (*dispatch.BACKENDS, *cases.PEERS):
+                known = ", ".join((*dispatch.BACKENDS, *cases.PEERS))
+                raise UserError(f"--without: there is no competitor {name!r}; they are {known}")
         if self.seconds is not None and not self.seconds >= 0:
             raise UserError(f"--seconds must be at least 0, got {self.seconds:g}")
 
@@ -161,7 +171,7 @@ def reason_not_to_time(op: str, backend: str, device: torch.device, dtype: torch
 def bench(
     file: Result,
     todo: Sequence[Case],
-    run: Callable[..., Iterator[dict[str, Any]]],
+    run: CaseRunner,
     ceilings: Callable[[], Ceilings],
     clean_up: Callable[[], None],
     device: torch.device,
@@ -173,7 +183,7 @@ def bench(
     Args:
         file: takes the rows.
         todo: the cases.
-        run: called with a case and ``ceilings``, gives its rows (see ``run_case``).
+        run: runs a case, as ``run_case`` does.
         ceilings: measures them.
         clean_up: called after each case; raises RuntimeError where the GPU is in error.
         device: whose ceilings they are.
@@ -192,7 +202,7 @@ def bench(
                 complete = False
                 break
             bar.update(task, description=case.name)
-            if all(file.has(case=case.name, part=part) for part in case.work):
+            if file.has(case=case.name):
                 file.update(problems=problems_of(case, file.rows, device))
             else:
                 complete = _run(file, case, run, before, device) and complete
@@ -207,22 +217,16 @@ def bench(
     file.update(ceilings={"before": before, "after": after}, problems=problems, complete=complete, valid=not problems)
 
 
-def _run(
-    file: Result, case: Case, run: Callable[..., Iterator[dict[str, Any]]], ceilings: Ceilings, device: torch.device
-) -> bool:
+def _run(file: Result, case: Case, run: CaseRunner, ceilings: Ceilings, device: torch.device) -> bool:
     """Run a case; False where it came to no end."""
-    done = [row for row in file.rows if row["case"] == case.name]
-    file.rows[:] = [row for row in file.rows if row not in done]  # a part of a case that was cut short
     try:
-        rows = []
-        for row in run(case, ceilings=ceilings):
-            rows.append(row)
-            file.update(rows=[row])
-            print_row(row)
+        rows = run(case, ceilings=ceilings)
     except Exception as error:  # the other cases' figures are wanted all the same
         file.update(problems=[f"{case.name}: {first_line(error)}"])
         return False
-    file.update(problems=problems_of(case, rows, device))
+    file.update(rows=rows, problems=problems_of(case, rows, device))
+    for row in rows:
+        print_row(row)
     return True
 
 
@@ -260,7 +264,7 @@ def run_case(
     ceilings: Ceilings,
     absent: dict[str, str],
     others: OtherWork,
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Hold the competitors to the truth, then time each part of the case.
 
     Args:
@@ -270,7 +274,7 @@ def run_case(
         ceilings: measured before.
         absent: who does not take part at all.
         others: counts what other programs do while times are taken.
-    Yields:
+    Returns:
         A row of the file for each part.
     """
     torch.manual_seed(0)
@@ -293,6 +297,7 @@ def run_case(
             left_out[name] = f"wrong: {wrong}"
         except Exception as failure:  # whatever one of them fails with, the others are to be timed
             left_out[name] = first_line(failure)
+    rows = []
     for part, work in case.work.items():
         contestants = {name: problem.contestant(name, part) for name in errors}
         with others:
@@ -316,7 +321,7 @@ def run_case(
                 "bytes_per_s": 1e3 * work.bytes / median,
                 "flops_per_s": 1e3 * work.flops / median,
             }
-        yield {
+        row = {
             "op": case.op,
             "case": case.name,
             "part": part,
@@ -333,6 +338,8 @@ def run_case(
             },
             "left_out": left_out,
         }
+        rows.append(row)
+    return rows
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -342,9 +349,7 @@ def print_row(row: dict[str, Any]) -> None:
     for name, figures in sorted(row["competitors"].items(), key=lambda item: item[1]["median_ms"]):
         of_each = [row["ratios"][mine].get(name) for mine in ours]
         computes = row["flops"] and figures["flops_per_s"] >= figures["bytes_per_s"]
-        rate = (
-            f"{figures['flops_per_s'] / 1e9:,.0f} GFLOP/s" if computes else f"{figures['bytes_per_s'] / 1e9:,.1f} GB/s"
-        )
+        rate = (figures["flops_per_s"] if computes else figures["bytes_per_s"]) / 1e9
         lines.append(
             (
                 f"  {name}",

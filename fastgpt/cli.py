@@ -375,6 +375,62 @@ def explain(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# fastgpt bench
+# ---------------------------------------------------------------------------------------------------------------------
+
+bench = typer.Typer(no_args_is_help=True, help="Measure the kernels and the model on this machine.")
+app.add_typer(bench, name="bench")
+
+_OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="default: benchmarks/results/KIND_DEVICE_DATE.json")
+]
+_ResumeOption = Annotated[
+    Path | None, typer.Option("--resume", metavar="FILE", help="go on with a run that was cut short")
+]
+_LimitOption = Annotated[
+    float | None, typer.Option("--limit", min=0, metavar="SECONDS", help="begin nothing more after that time")
+]
+
+
+@bench.command("kernels")
+def bench_kernels(
+    size: Annotated[
+        Literal["full", "small", "tiny"], typer.Option(help="of the tensors; tiny: to try it out")
+    ] = "full",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeatable; default: fp32, bf16, on a GPU fp16")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="cases whose name has TEXT in it; repeatable")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="leave this competitor out; repeatable")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="samples of each competitor at most")] = 30,
+    seconds: Annotated[float | None, typer.Option(help="for the rounds of a case; default: by the size")] = None,
+    limit: _LimitOption = None,
+    marks: Annotated[bool, typer.Option("--marks", help="hold the kernels to their marks")] = False,
+    out: _OutOption = None,
+    resume: _ResumeOption = None,
+    device: _DeviceOption = "auto",
+) -> None:
+    """Time every op on every backend beside PyTorch's own, torch.compile and what else is installed.
+
+    Nothing is timed whose result is wrong. Exit code 1: one of ours was wrong, or the machine did not stand still.
+    """
+    from fastgpt.benchmarks import kernels  # as each command here: the others need not load it
+    from fastgpt.benchmarks.marks import print_verdicts, verdicts
+
+    options = kernels.Options(
+        pick_device(device), size, tuple(dtype or ()) or None, tuple(only or ()), tuple(without or ()), rounds, seconds
+    )
+    file = kernels.measure(options, out=out, resume=resume, limit_s=limit)
+    if marks:
+        print_verdicts(verdicts(file.data))
+    raise typer.Exit(kernels.say_how_it_ended(file))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # fastgpt tune
 # ---------------------------------------------------------------------------------------------------------------------
 
