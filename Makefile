@@ -44,8 +44,8 @@ cuda-table: $(VENV)/installed
 bench-cpu: $(VENV)/built
 	$(BIN)/python -m fastgpt.benchmarks.cpu $(ARGS)
 
-# The README's measured tables and figure, from files in benchmarks/results: `make readme RESULTS='one.json other.json'`;
-# without RESULTS from those that it names.
+# The README's measured tables and figure: `make readme RESULTS='benchmarks/results/X.json benchmarks/results/Y.json'`, or
+# without RESULTS from the files that it names.
 readme: $(VENV)/installed
 	$(BIN)/python -m fastgpt.benchmarks.readme $(RESULTS)
 

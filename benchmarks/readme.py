@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("results", nargs="*", metavar="RESULT.json", help="default: those that the README names")
     args = parser.parse_args(argv)
+    if not README.exists():
+        parser.error(f"this needs a checkout of fastgpt: there is no {README}")
     try:
         names = [Path(path).name for path in args.results] or named_files(README.read_text(encoding="utf-8"))
         if not names:

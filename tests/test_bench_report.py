@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import re
 import shutil
 
@@ -333,6 +334,8 @@ def test_the_command_refuses_what_is_not_a_page(command, tmp_path):
         ("[]", "not a result of fastgpt's benchmarks"),
         ('{"schema": 1}', "its schema is 1"),
         ('{"schema": 2}', "it lacks"),
+        (json.dumps(samples.about("speed")), "there is no kind of result 'speed'"),
+        (json.dumps(samples.about("kernels", results=[{"op": "gelu"}])), "row 1 lacks case, part"),
     ],
 )
 def test_what_is_not_a_result_file_is_refused_in_a_sentence(tmp_path, content, sentence):
