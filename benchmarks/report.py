@@ -294,7 +294,7 @@ def _kernels(page: _Page, data: dict[str, Any]) -> str:
         content
         + "<h3>All times</h3>"
         + page.table(
-            ("task", "competitor", "ms", "least", "most", "rate", "of ceiling", "beside the best peer", "error"),
+            ("competitor", "task", "ms", "least", "most", "rate", "of ceiling", "beside the best peer", "error"),
             [_kernels_line(row, name, one) for row, name, one in lines],
             ours=lambda index: lines[index][2]["ours"],
             filter=True,
@@ -325,8 +325,8 @@ def _kernels_line(row: dict[str, Any], name: str, one: dict[str, Any]) -> tuple[
     ratio = row["ratios"].get(name, {}).get(peer, {}).get("median")
     unit, rate = ("FLOP/s", one["flops_per_s"]) if row["flops"] else ("B/s", one["bytes_per_s"])
     return (
-        Cell(task_of("kernels", row)),
         Cell(name),
+        Cell(task_of("kernels", row)),
         *(Cell(digits(one[f"{which}_ms"]), one[f"{which}_ms"]) for which in ("median", "min", "max")),
         Cell(quantity(rate, unit), rate),
         Cell(percent(one["of_ceiling"]), one["of_ceiling"]),
@@ -346,7 +346,7 @@ def _scaling(page: _Page, data: dict[str, Any]) -> str:
             figures.step_split([row for row in of_largest if (row["block_size"], row["batch_size"]) == usual])
         )
     headings = (
-        "task", "competitor", "parameters", "tokens/s", "ms a step", "least", "most", "forward", "backward",
+        "competitor", "task", "parameters", "tokens/s", "ms a step", "least", "most", "forward", "backward",
         "optimizer", "data", "peak memory", "MFU of peak", "MFU of measured",
     )  # fmt: skip
     return (
@@ -387,8 +387,8 @@ def _growth(page: _Page, growth: Sequence[dict[str, Any]]) -> str:
 def _scaling_line(row: dict[str, Any]) -> tuple[Cell, ...]:
     mfu = row["mfu"]["of_peak"]
     return (
-        Cell(task_of("scaling", row)),
         Cell(competitor_of(row)),
+        Cell(task_of("scaling", row)),
         Cell(quantity(row["model"]["parameters"], ""), row["model"]["parameters"]),
         Cell(f"{row['tokens_per_s']['median']:,.0f}", row["tokens_per_s"]["median"]),
         *(Cell(digits(row["step_ms"][which]), row["step_ms"][which]) for which in ("median", "min", "max")),
@@ -406,11 +406,11 @@ def _generate(page: _Page, data: dict[str, Any]) -> str:
     rows = data["results"]
     content = _left_out(data) + page.figures(figures.generation_lines(rows))
     return content + page.table(
-        ("task", "competitor", "tokens/s", "least", "most", "first token, ms"),
+        ("competitor", "task", "tokens/s", "least", "most", "first token, ms"),
         [
             (
-                Cell(task_of("generate", row)),
                 Cell(competitor_of(row)),
+                Cell(task_of("generate", row)),
                 *(
                     Cell(f"{row['tokens_per_s'][which]:,.0f}", row["tokens_per_s"][which])
                     for which in ("median", "min", "max")
@@ -450,11 +450,11 @@ def _side_by_side(page: _Page, first: Run, second: Run) -> str:
         content += "<p>These are two machines: what differs is the machine as much as the code.</p>"
     content += page.figures([figures.change_dots([_dot(*pair) for pair in pairs], "Second run beside the first")])
     return content + page.table(
-        ("task", "competitor", "first, ms", "second, ms", "second / first", "verdict"),
+        ("competitor", "task", "first, ms", "second, ms", "second / first", "verdict"),
         [
             (
-                Cell(old.task),
                 Cell(old.competitor),
+                Cell(old.task),
                 Cell(digits(old.median_ms), old.median_ms),
                 Cell(digits(new.median_ms), new.median_ms),
                 Cell(times(new.median_ms / old.median_ms), new.median_ms / old.median_ms),

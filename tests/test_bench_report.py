@@ -138,11 +138,11 @@ def test_words_filter_the_rows(browser, written):
         "input.dispatchEvent(new Event('input'));"
         "return [input.dataset.table, input.closest('.filter').querySelector('output').textContent]"
     )
-    tasks = column(browser, table, 0)
+    tasks = column(browser, table, 1)
     assert count.startswith(f"{len(tasks)} of ")
     assert tasks
     assert all(task.startswith("gelu") for task in tasks)
-    assert set(column(browser, table, 1)) == {"cpp"}
+    assert set(column(browser, table, 0)) == {"cpp"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
