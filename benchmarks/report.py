@@ -174,7 +174,7 @@ class _Page:
         )
         field = (
             f'<div class="filter"><label>Show rows with <input type="search" data-table="{name}" '
-            f'placeholder="e.g. attention bf16"></label> <output></output></div>'
+            f'placeholder="e.g. cpp bf16"></label> <output></output></div>'
             if filter
             else ""
         )
@@ -346,8 +346,8 @@ def _scaling(page: _Page, data: dict[str, Any]) -> str:
             figures.step_split([row for row in of_largest if (row["block_size"], row["batch_size"]) == usual])
         )
     headings = (
-        "competitor", "task", "parameters", "tokens/s", "ms a step", "least", "most", "forward", "backward",
-        "optimizer", "data", "peak memory", "MFU of peak", "MFU of measured",
+        "competitor", "task", "parameters", "tokens/s", "beside the best peer", "ms a step", "least", "most", "forward",
+        "backward", "optimizer", "data", "peak memory", "MFU of peak", "MFU of measured",
     )  # fmt: skip
     return (
         _left_out(data)
@@ -386,11 +386,13 @@ def _growth(page: _Page, growth: Sequence[dict[str, Any]]) -> str:
 
 def _scaling_line(row: dict[str, Any]) -> tuple[Cell, ...]:
     mfu = row["mfu"]["of_peak"]
+    ratio = min((one["median"] for one in row["ratios"].values()), default=None)  # to the best peer it is the least
     return (
         Cell(competitor_of(row)),
         Cell(task_of("scaling", row)),
         Cell(quantity(row["model"]["parameters"], ""), row["model"]["parameters"]),
         Cell(f"{row['tokens_per_s']['median']:,.0f}", row["tokens_per_s"]["median"]),
+        Cell("") if ratio is None else Cell(times(ratio), ratio),
         *(Cell(digits(row["step_ms"][which]), row["step_ms"][which]) for which in ("median", "min", "max")),
         *(
             Cell(digits(row["split_ms"][part]), row["split_ms"][part])

@@ -199,7 +199,7 @@ def scaling(seed: int = 0, *, slowed: float = 1.0, **fields: Any) -> dict[str, A
                         "flops_per_token": 6 * model[1],
                         "mfu": {"of_peak": None, "of_measured": speed},
                         "samples_ms": samples,
-                        "ratios": {},
+                        "ratios": {"nanogpt, eager": spread([1.2, 1.3, 1.4])} if competitor != "nanogpt" else {},
                     }
                 )
     return about("scaling", results=rows, **fields)

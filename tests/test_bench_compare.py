@@ -1,9 +1,17 @@
 """`fastgpt bench compare`: a slowdown is found, and noise is not taken for one."""
 
+import functools
+import time
+
 import bench_samples as samples
 import pytest
+import torch
 
+from fastgpt.benchmarks.cases import Case, Work
 from fastgpt.benchmarks.compare import ALIKE, REFUSED, UNKNOWN, compare
+from fastgpt.benchmarks.harness import Contestant, timer_for
+from fastgpt.benchmarks.kernels import run_case
+from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.result import violations
 from fastgpt.config import UserError
 
@@ -35,6 +43,40 @@ def test_a_slowdown_of_one_op_by_20_percent_is_found_whatever_the_machine_does(d
         assert change.beside_peers == pytest.approx(1.2, rel=0.06)
         assert change.slowdown == pytest.approx(1.2 * drift, rel=0.06)
     assert comparison.improvements == []
+
+
+class Sleepers:
+    """A case's competitors, ours and a peer, which do nothing for some seconds."""
+
+    def __init__(self, ours, peer):
+        self.seconds = {"torch": ours, "torch eager": peer}
+
+    def names(self):
+        return list(self.seconds)
+
+    def check(self, name):
+        return 0.0
+
+    def contestant(self, name, part):
+        return Contestant(lambda _: time.sleep(self.seconds[name]))
+
+
+def measured(**ours):
+    """A file of rows that the harness has really timed: seconds of ours, by op; the peer's are 0.02."""
+    others, rows = OtherWork(), []
+    for op, seconds in ours.items():
+        build = functools.partial(lambda seconds, device: Sleepers(seconds, 0.02), seconds)
+        case = Case(op, op, {"M": 1}, "fp32", {"forward": Work(1000)}, build)
+        cpu = torch.device("cpu")
+        times = {"timer": timer_for(cpu, hasty=True), "rounds": 9, "seconds": 5.0, "others": others}
+        rows += run_case(case, device=cpu, ceilings=samples.CEILINGS, absent={}, **times)
+    return samples.about("kernels", results=rows)
+
+
+def test_a_slowdown_is_found_between_two_runs_of_the_harness():
+    old, new = measured(softmax=0.02, gelu=0.02), measured(softmax=0.024, gelu=0.02)
+    assert violations(new) == []
+    assert slower(compare(old, new)) == {("softmax", "torch")}
 
 
 def test_a_speedup_is_told_from_a_slowdown():

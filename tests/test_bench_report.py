@@ -233,6 +233,7 @@ def test_left_out_and_growth_of_whole_models_are_shown():
     text = text_of(page)
     assert [picture.name for picture in pictures] == ["step-tiny"]
     assert "memory ends here" in text
+    assert text.count("1.30x") == 4  # cpp's and torch's, eager and compiled
     assert "0.93" in text
     assert "0.71" in text
 
