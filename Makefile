@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench bench-cpu lint format gpu-check clean
+.PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench bench-cpu readme lint format gpu-check clean
 
 train: $(VENV)/built
 	$(BIN)/fastgpt train $(ARGS)
@@ -55,6 +55,11 @@ bench: $(VENV)/built
 # Every op in full size, with the marks of the C++ kernels, in benchmarks/results: for an idle machine.
 bench-cpu: $(VENV)/built
 	$(BIN)/fastgpt bench kernels --device cpu --marks $(ARGS)
+
+# The README's measured tables and figure: `make readme RESULTS='benchmarks/results/X.json benchmarks/results/Y.json'`, or
+# without RESULTS from the files that it names.
+readme: $(VENV)/installed
+	$(BIN)/python -m fastgpt.benchmarks.readme $(RESULTS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -98,7 +98,7 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a result file, whose fields are all there; ``violations`` looks deeper.
+    """The content of a result file, whose fields and whose rows' are all there; ``violations`` looks deeper.
 
     Raises:
         UserError: the file cannot be read, or is not such a file.
@@ -113,9 +113,16 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a result of fastgpt's benchmarks")
     if data["schema"] != SCHEMA_VERSION:
         raise UserError(f"{path}: its schema is {data['schema']}, and this fastgpt reads {SCHEMA_VERSION}")
-    missing = [field for field in json.loads(SCHEMA.read_text())["required"] if field not in data]
+    schema = json.loads(SCHEMA.read_text())
+    missing = [field for field in schema["required"] if field not in data]
     if missing:
         raise UserError(f"{path}: not a whole result: it lacks {', '.join(missing)}")
+    if data["kind"] not in KINDS:
+        raise UserError(f"{path}: there is no kind of result {data['kind']!r}; there are {', '.join(KINDS)}")
+    for number, row in enumerate(data["results"], 1):
+        missing = [field for field in schema["$defs"][data["kind"]]["required"] if field not in row]
+        if missing:
+            raise UserError(f"{path}: not a whole result: row {number} lacks {', '.join(missing)}")
     return data
 
 

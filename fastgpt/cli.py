@@ -20,6 +20,8 @@ from rich.table import Table
 
 import fastgpt
 from fastgpt import dispatch
+from fastgpt.benchmarks.compare import THRESHOLD, compare
+from fastgpt.benchmarks.result import load
 from fastgpt.checkpoint import Which, find_checkpoint, load_model, read_config
 from fastgpt.config import MODEL_CONFIGS, PRESETS, GPTConfig, ModelConfig, TrainConfig, UserError, field_types
 from fastgpt.data import load_dataset
@@ -377,7 +379,10 @@ def explain(
 # fastgpt bench
 # ---------------------------------------------------------------------------------------------------------------------
 
-bench = typer.Typer(no_args_is_help=True, help="Measure the kernels and the model on this machine.")
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="Measure the kernels and the model on this machine, and show or compare what was measured.",
+)
 app.add_typer(bench, name="bench")
 
 _OutOption = Annotated[
@@ -603,3 +608,45 @@ def tune_kernels(
     with torch.cuda.device(where):
         tune.tune(todo, where, path, say=lambda line: console.print(line, markup=False))
     console.print(f"stored in {path}", markup=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fastgpt bench report, compare
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@bench.command("report")
+def bench_report(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="result files, of any kinds")],
+    out: Annotated[Path, typer.Option(help="the page; its pictures go into a folder beside it")] = Path("bench.html"),
+) -> None:
+    """Write a page of figures and tables, and the figures as PNG files; runs of one kind also side by side."""
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out: the page is HTML, so name it so: {out.with_suffix('.html')}")
+    from fastgpt.benchmarks.report import write_report
+
+    page, *pictures = write_report(results, out)
+    print(page)
+    if pictures:
+        print(f"{pictures[0].parent} ({len(pictures)} pictures)")
+
+
+@bench.command("compare")
+def bench_compare(
+    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="the result file to start from")],
+    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="the one to hold to it")],
+    threshold: Annotated[
+        float, typer.Option(help="the least change of a time that counts, as a part of it")
+    ] = THRESHOLD,
+) -> None:
+    """What became slower or faster from OLD to NEW on one machine; exit code 1 where anything of ours became slower."""
+    if not threshold > 0:
+        raise UserError(f"--threshold must be greater than 0, got {threshold:g}")
+    comparison = compare(load(old), load(new), threshold)
+    console = Console(soft_wrap=True, highlight=False)
+    for title, changes in (("slower", comparison.regressions), ("faster", comparison.improvements)):
+        for change in changes:
+            console.print(f"{title}: {change.task}, {change.competitor}: {change.in_words()}", markup=False)
+    for sentence in comparison.sentences():
+        console.print(sentence, markup=False)
+    raise typer.Exit(1 if comparison.regressions else 0)
