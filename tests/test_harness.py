@@ -99,6 +99,7 @@ def test_a_cpu_sample_is_the_mean_of_the_calls_that_fit(monkeypatch: pytest.Monk
 def test_what_is_read_before_a_call_is_not_in_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = CpuTimer(0.0, 1 << 20)
     assert timer.buffer.nbytes == 1 << 20
+    assert timer.buffer.all(), "what was never written lies in one page, and its reading flushes nothing"
     assert harness._last_cache_bytes() >= 1 << 18
     read = []
     monkeypatch.setattr(timer, "buffer", type("Buffer", (), {"sum": lambda self: read.append(time.sleep(0.05))})())
