@@ -148,6 +148,22 @@ def test_ceilings_are_rates_of_what_was_done(monkeypatch: pytest.MonkeyPatch) ->
     assert ceilings["matmul_flops_per_s"] == pytest.approx(rates)
 
 
+@pytest.mark.parametrize(("milliseconds", "size"), [(5, 2048), (20, 512)])
+def test_a_product_that_takes_long_is_a_smaller_one(
+    milliseconds: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def call(_: None) -> None:
+        now[0] += 1e-3 * milliseconds
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(harness, "_product", lambda n, dtype, device: Contestant(call))
+    size_of = harness._product_size.__wrapped__  # what it remembers is of this machine
+    assert size_of(torch.bfloat16) == size
+    assert size_of(torch.float32) == 2048
+
+
 @pytest.mark.parametrize(("dtype", "rate"), [("fp32", 3.0), ("bf16", 3.0), ("fp16", 3.0)])
 def test_a_product_in_half_precision_can_be_had_in_fp32(dtype: str, rate: float) -> None:
     assert harness.matmul_rate({"matmul_flops_per_s": {"fp32": 3.0, "bf16": 1.0}}, dtype) == rate
