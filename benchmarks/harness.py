@@ -109,7 +109,7 @@ class CpuTimer:
 
     def __init__(self, seconds: float, flushed: int) -> None:
         self.seconds = seconds
-        self.buffer = torch.zeros(flushed // 4)
+        self.buffer = torch.ones(flushed // 4)  # zeros that nobody wrote are one page, over and over
 
     def __call__(self, contestant: Contestant, stall_ms: float) -> Sample:
         end = time.perf_counter() + self.seconds
@@ -176,14 +176,13 @@ def measure_ceilings(device: torch.device, timer: Timer) -> Ceilings:
     of square matrices, the second one transposed, in fp32, bf16 and on a GPU fp16."""
     on_gpu = device.type == "cuda"
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, **({"fp16": torch.float16} if on_gpu else {})}
-    source = torch.zeros(1 << (30 if on_gpu else 27), dtype=torch.uint8, device=device)
+    source = torch.randn(1 << (28 if on_gpu else 25), device=device)  # 1 GiB, 128 MiB
     target = torch.empty_like(source)
     sizes = {name: 8192 if on_gpu else _product_size(dtype) for name, dtype in dtypes.items()}
     contestants = {name: _product(sizes[name], dtype, device) for name, dtype in dtypes.items()}
     contestants["copy"] = Contestant(lambda _: target.copy_(source))
-    for _ in range(
-        200 if on_gpu else 1
-    ):  # about a third of a second, for the clocks to settle where this load lets them
+    # About a third of a second on a GPU, for the clocks to settle where this load lets them.
+    for _ in range(200 if on_gpu else 1):
         contestants["bf16"].call(None)
     samples = interleave(contestants, timer, rounds=20, seconds=4.0)
     medians = {name: statistics.median(sample.ms for sample in of_one) for name, of_one in samples.items()}
@@ -195,18 +194,17 @@ def measure_ceilings(device: torch.device, timer: Timer) -> Ceilings:
 
 @functools.cache
 def _product_size(dtype: torch.dtype) -> int:
-    """How large the matrices of a product on the CPU are: 2048, or less where that takes long, as it does in bf16 on a
-    processor that has no instructions for it."""
-    n, cpu = 512, torch.device("cpu")
-    while n < 2048 and min(_seconds(_product(n, dtype, cpu)) for _ in range(3)) < 0.025:
-        n *= 2
-    return n
-
-
-def _seconds(contestant: Contestant) -> float:
-    began = time.perf_counter()
-    contestant.call(None)
-    return time.perf_counter() - began
+    """How large the matrices of a product on the CPU are: 2048, or 512 where that would take seconds, as it does in
+    bf16 on a processor that has no instructions for it."""
+    if dtype == torch.float32:
+        return 2048
+    small = _product(512, dtype, torch.device("cpu"))
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        small.call(None)
+        seconds.append(time.perf_counter() - began)
+    return 2048 if min(seconds) < 0.015 else 512
 
 
 def _product(n: int, dtype: torch.dtype, device: torch.device) -> Contestant:
