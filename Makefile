@@ -2,11 +2,13 @@
 # gpu-check takes $(PYTHON) as it is; `make gpu-check STAGE=bench` chooses the stage: test, sanitize or bench.
 PYTHON ?= python3
 STAGE ?= test
+OUT ?= runs/bench
 VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench-cpu readme lint format gpu-check clean
+.PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench bench-cpu readme \
+    lint format gpu-check clean
 
 train: $(VENV)/built
 	$(BIN)/fastgpt train $(ARGS)
@@ -40,9 +42,18 @@ kernel-table: $(VENV)/installed
 cuda-table: $(VENV)/installed
 	$(BIN)/python tests/cuda_compile.py --doc docs/cuda.md
 
-# Every mark of the CPU kernels, in some minutes on an idle machine: `make bench-cpu ARGS='--only attention --json'`.
+# A round of minutes on this machine's CPU, and its report: `make bench OUT=here`. A run that is not valid (the machine did
+# not stand still) is in the report, too, and says so.
+bench: $(VENV)/built
+	mkdir -p $(OUT)
+	-$(BIN)/fastgpt bench kernels --device cpu --size small --dtype fp32 --limit 150 --out $(OUT)/kernels.json
+	-$(BIN)/fastgpt bench scaling --device cpu --model shakespeare-cpu --limit 45 --out $(OUT)/scaling.json
+	-$(BIN)/fastgpt bench generate --device cpu --model shakespeare-cpu --limit 25 --out $(OUT)/generate.json
+	$(BIN)/fastgpt bench report $(OUT)/kernels.json $(OUT)/scaling.json $(OUT)/generate.json --out $(OUT)/report.html
+
+# Every op in full size, with the marks of the C++ kernels, in benchmarks/results: for an idle machine.
 bench-cpu: $(VENV)/built
-	$(BIN)/python -m fastgpt.benchmarks.cpu $(ARGS)
+	$(BIN)/fastgpt bench kernels --device cpu --marks $(ARGS)
 
 # The README's measured tables and figure: `make readme RESULTS='benchmarks/results/X.json benchmarks/results/Y.json'`, or
 # without RESULTS from the files that it names.

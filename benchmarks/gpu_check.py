@@ -54,6 +54,7 @@ NEEDED = {
 LIMIT_S = {"test": 540.0, "sanitize": 540.0, "bench": 440.0}  # a case that has begun comes to its end
 KERNEL_BACKENDS = ("triton", "cuda")
 BENCH_DTYPES = ("bf16",)  # what training runs in; the others are `fastgpt bench kernels`'s
+BENCH_SECONDS = 2.0  # for the rounds of a part
 
 # The folder that has the package fastgpt: where `python -c` finds it, whatever lies in the folder of the caller.
 HOME = Path(fastgpt.__file__).parents[1]
@@ -80,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     chosen = [name for name in names if args.only in name]
     try:
         only = (args.only,) if args.only else ()
-        options = kernels.Options(torch.device("cuda"), dtypes=BENCH_DTYPES, only=only, rounds=args.rounds)
+        options = kernels.Options(
+            torch.device("cuda"), dtypes=BENCH_DTYPES, only=only, rounds=args.rounds, seconds=BENCH_SECONDS
+        )
         if args.stage == "bench":
             options.cases()
         elif not chosen:

@@ -57,12 +57,11 @@ class Sample(NamedTuple):
 Timer = Callable[[Contestant, float], Sample]
 
 
-def timer_for(device: torch.device, *, hasty: bool = False) -> Timer:
-    """The clock of a device; ``hasty`` makes that of a CPU take one call for a sample, and leave the caches as they
-    are, which only shows that all runs."""
+def timer_for(device: torch.device, sample_seconds: float = SAMPLE_SECONDS) -> Timer:
+    """The clock of a device; on a CPU a sample takes ``sample_seconds``, and 0 leaves the caches as they are, too."""
     if device.type == "cuda":
         return CudaTimer(device)
-    return CpuTimer(0.0, 0) if hasty else CpuTimer(SAMPLE_SECONDS, 2 * _last_cache_bytes())
+    return CpuTimer(sample_seconds, 2 * _last_cache_bytes() if sample_seconds else 0)
 
 
 class CudaTimer:
@@ -110,7 +109,7 @@ class CpuTimer:
 
     def __init__(self, seconds: float, flushed: int) -> None:
         self.seconds = seconds
-        self.buffer = torch.zeros(flushed // 4)
+        self.buffer = torch.ones(flushed // 4)  # zeros that nobody wrote are one page, over and over
 
     def __call__(self, contestant: Contestant, stall_ms: float) -> Sample:
         end = time.perf_counter() + self.seconds
@@ -146,8 +145,9 @@ def interleave(
     """
     stalls: dict[str, float] = {}
     for name, contestant in contestants.items():
-        timer(contestant, 0.0)  # compiles what is compiled at the first call
-        stalls[name] = 0.1 + 1.5 * max(timer(contestant, 1.0).host_ms or 0.0 for _ in range(WARMUP_ROUNDS))
+        stalls[name] = 0.0
+        for _ in range(1 if timer(contestant, 0.0).host_ms is None else WARMUP_ROUNDS):  # what compiles has done so now
+            stalls[name] = max(stalls[name], 0.1 + 1.5 * (timer(contestant, 1.0).host_ms or 0.0))
     began = clock()
     for name, contestant in contestants.items():
         timer(contestant, stalls[name])
@@ -176,14 +176,13 @@ def measure_ceilings(device: torch.device, timer: Timer) -> Ceilings:
     of square matrices, the second one transposed, in fp32, bf16 and on a GPU fp16."""
     on_gpu = device.type == "cuda"
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, **({"fp16": torch.float16} if on_gpu else {})}
-    source = torch.zeros(1 << (30 if on_gpu else 27), dtype=torch.uint8, device=device)
+    source = torch.randn(1 << (28 if on_gpu else 25), device=device)  # 1 GiB, 128 MiB
     target = torch.empty_like(source)
     sizes = {name: 8192 if on_gpu else _product_size(dtype) for name, dtype in dtypes.items()}
     contestants = {name: _product(sizes[name], dtype, device) for name, dtype in dtypes.items()}
     contestants["copy"] = Contestant(lambda _: target.copy_(source))
-    for _ in range(
-        200 if on_gpu else 1
-    ):  # about a third of a second, for the clocks to settle where this load lets them
+    # About a third of a second on a GPU, for the clocks to settle where this load lets them.
+    for _ in range(200 if on_gpu else 1):
         contestants["bf16"].call(None)
     samples = interleave(contestants, timer, rounds=20, seconds=4.0)
     medians = {name: statistics.median(sample.ms for sample in of_one) for name, of_one in samples.items()}

@@ -23,6 +23,7 @@ from fastgpt.benchmarks import cases, result
 from fastgpt.benchmarks.cases import Case, WrongResult
 from fastgpt.benchmarks.harness import (
     FEWEST_ROUNDS,
+    SAMPLE_SECONDS,
     Ceilings,
     Timer,
     drifted,
@@ -43,6 +44,7 @@ CaseRunner = Callable[..., list[dict[str, Any]]]
 
 RESERVE_S = 15.0  # for the ceilings at the end
 DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32", "fp16")}
+_SAMPLE_SECONDS = {"tiny": 0.0, "small": 0.005, "full": SAMPLE_SECONDS}
 DEFAULT_SECONDS = {"tiny": 0.0, "small": 0.5, "full": 4.0}
 
 
@@ -131,7 +133,7 @@ def measure(
     about = result.describe("kernels", options.device, settings, commit=commit)
     file = Result(resume or out or result.result_path(about, folder), about, resume=resume is not None)
     absent = absent_competitors(options)
-    timer, others = timer_for(options.device, hasty=options.size == "tiny"), OtherWork()
+    timer, others = timer_for(options.device, _SAMPLE_SECONDS[options.size]), OtherWork()
     run = functools.partial(
         run_case,
         device=options.device,
@@ -143,6 +145,9 @@ def measure(
     )
     ceilings = functools.partial(measure_ceilings, options.device, timer)
     file.update(absent=absent)
+    print(f"Each case goes into {file.path}; --resume goes on with it.")
+    for name, reason in absent.items():
+        print(f"{name} takes no part: {reason}")
     bench(file, todo, run, ceilings, functools.partial(clean_up, options.device), options.device, limit_s)
     file.update(others_cores=others.cores)
     print(others)

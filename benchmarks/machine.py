@@ -1,34 +1,14 @@
-"""The machine under a benchmark on the CPU: what it is, and how much of it other programs took meanwhile."""
+"""How much of the machine other programs took while times were taken on its processors."""
 
 from __future__ import annotations
 
 import os
-import platform
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
 
 # A tenth of one core: above what an idle system does by itself, below what a median of rounds would notice.
 QUIET_CORES = 0.1
 SHORTEST_SECONDS = 0.2  # the kernel counts in ticks, of 10 ms mostly
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the figures depend on, with the load average (runnable processes, mean of the last minute)."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "cpu": cpu or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
-    }
 
 
 class OtherWork:

@@ -38,8 +38,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastgpt import GPT, ops, use_backend
-from fastgpt.benchmarks.machine import OtherWork, describe_machine
+from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.plain import PlainGPT, plain_optimizer
+from fastgpt.benchmarks.result import describe_machine
 from fastgpt.config import PRESETS, GPTConfig, TrainConfig
 from fastgpt.optim import build_optimizer, gradients
 
@@ -111,7 +112,8 @@ def main() -> None:
         parser.error(f"--json: there is no folder {args.json.absolute().parent}")
 
     console = Console(width=None if sys.stdout.isatty() else 100)
-    machine = describe_machine()
+    machine = describe_machine(torch.device("cpu"))
+    machine |= {"torch": torch.__version__, "load_before": os.getloadavg()[0]}
     console.print(
         f"{machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['threads']} threads; "
         f"load average {machine['load_before']:.2f}",

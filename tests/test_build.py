@@ -234,7 +234,8 @@ def test_a_source_distribution_has_all_sources(tree: Tree) -> None:
         names = {name.partition("/")[2] for name in file.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
     assert "csrc/bindings/cuda/probe.cu" in sources
-    assert sources | {"setup.py", "fastgpt/ops/gelu.py", "benchmarks/gpu_check.py"} <= names
+    others = {"setup.py", "fastgpt/ops/gelu.py", "benchmarks/gpu_check.py", "benchmarks/result.schema.json"}
+    assert sources | others <= names
 
 
 def test_without_a_compiler_the_package_works_and_explains(tree: Tree) -> None:
@@ -245,6 +246,7 @@ def test_without_a_compiler_the_package_works_and_explains(tree: Tree) -> None:
         environment={"COLUMNS": "1000", "PYTHONPATH": str(tree.modules)},
     )
     assert "the C++ extension was not built: there was no C++ compiler" in succeeded(explained)
+    assert (tree.modules / "fastgpt" / "benchmarks" / "result.schema.json").is_file()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from error_rule import DEVICE
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig, ops, use_backend
-from fastgpt.benchmarks.gpu_cases import small_calls
+from fastgpt.benchmarks.small_calls import small_calls
 from fastgpt.config import TrainConfig
 from fastgpt.optim import build_optimizer, gradients
 
@@ -195,7 +195,7 @@ def test_products_of_fp32_are_exact_unless_pytorch_may_round_them(
 
 FIRST_LAUNCHES = """
 import warnings, torch
-from fastgpt.benchmarks.gpu_cases import small_calls
+from fastgpt.benchmarks.small_calls import small_calls
 calls = small_calls("cuda")
 x = torch.ones(64, 64, device="cuda", requires_grad=True)
 (x @ x).sum().backward()  # what PyTorch itself may warn of when it starts
@@ -218,7 +218,7 @@ def test_no_kernel_warns_when_it_is_first_compiled(tmp_path: Path) -> None:
 ANOTHER_BATCH_SIZE = """
 import json, torch
 from triton import knobs
-from fastgpt.benchmarks.gpu_cases import small_calls
+from fastgpt.benchmarks.small_calls import small_calls
 names = []
 knobs.runtime.jit_post_compile_hook = lambda **about: names.append(about["fn"].name)
 found = {}
