@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench bench-cpu readme lint format gpu-check clean
+.PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench bench-cpu readme \
+    lint format gpu-check clean
 
 train: $(VENV)/built
 	$(BIN)/fastgpt train $(ARGS)

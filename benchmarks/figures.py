@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastgpt.benchmarks.compare import competitor_of, is_ours
+from fastgpt.benchmarks.harness import matmul_rate
 from fastgpt.benchmarks.units import milliseconds, percent, quantity, round_quantity, times
 from fastgpt.dispatch import BACKENDS
 
@@ -232,9 +233,9 @@ def rooflines(rows: Sequence[dict[str, Any]], ceiling: dict[str, Any]) -> list[P
             "flops",
             lambda row: row["flops"] / row["bytes"],
         )
-        if not points or dtype not in ceiling["matmul_flops_per_s"]:
+        if not points:
             continue
-        peak = ceiling["matmul_flops_per_s"][dtype]
+        peak = matmul_rate(ceiling, dtype)
         figure, (axes,) = _figure(3.3)
         _scatter(axes, points)
         xs = [peak / copy, *(x for x, _, _ in points)]

@@ -17,6 +17,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 LIBRARY, REPORT = "fastgpt/_cpu.abi3.so", "fastgpt/_build.json"
 CUDA_LIBRARY = "fastgpt/_cuda.abi3.so"
+BENCHMARK_DATA = ("page.html", "result.schema.json")  # what the benchmarks read beside their modules
 SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 KERNELS = sorted(path for path in ROOT.glob("csrc/cpu/*.cpp") if path.name != "select.cpp")
 
@@ -234,7 +235,7 @@ def test_a_source_distribution_has_all_sources(tree: Tree) -> None:
         names = {name.partition("/")[2] for name in file.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
     assert "csrc/bindings/cuda/probe.cu" in sources
-    others = {"setup.py", "fastgpt/ops/gelu.py", "benchmarks/gpu_check.py", "benchmarks/result.schema.json"}
+    others = {"setup.py", "fastgpt/ops/gelu.py", *(f"benchmarks/{name}" for name in ("gpu_check.py", *BENCHMARK_DATA))}
     assert sources | others <= names
 
 
@@ -246,7 +247,8 @@ def test_without_a_compiler_the_package_works_and_explains(tree: Tree) -> None:
         environment={"COLUMNS": "1000", "PYTHONPATH": str(tree.modules)},
     )
     assert "the C++ extension was not built: there was no C++ compiler" in succeeded(explained)
-    assert (tree.modules / "fastgpt" / "benchmarks" / "result.schema.json").is_file()
+    for name in BENCHMARK_DATA:
+        assert (tree.modules / "fastgpt" / "benchmarks" / name).is_file()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
