@@ -61,10 +61,10 @@ def test_a_run_has_every_competitor_and_follows_the_schema(tmp_path, nanogpt, ca
     assert cases == {("tiny", 4), ("wider", 4), ("tiny", 2)}, "the ladder, and a batch that is not in it"
     assert [row["competitor"] for row in data["results"]] == [
         "torch",
-        "reference",
         "plain",
-        "plain naive",
         "nanoGPT",
+        "reference",
+        "plain naive",
     ] * 3
     for row in data["results"]:
         assert row["block_size"] == 8
@@ -445,7 +445,7 @@ def test_compiled_competitors_agree(tmp_path, nanogpt):
     given = options(modes=["compile"], dtypes=["fp32", "bf16"], backends=["torch", "reference"], nanogpt=nanogpt)
     file = scaling.scale(given, out=tmp_path / "run.json")
     assert file.data["problems"] == []
-    names = ["torch", "reference", PLAIN, PLAIN_NAIVE, "nanoGPT"]
+    names = ["torch", PLAIN, "nanoGPT", "reference", PLAIN_NAIVE]
     assert [(row["competitor"], row["mode"]) for row in file.rows] == [(name, "compile") for name in 2 * names]
 
 
