@@ -101,11 +101,21 @@ def test_what_is_read_before_a_call_is_not_in_its_time(monkeypatch: pytest.Monke
     assert timer.buffer.nbytes == 1 << 20
     assert timer.buffer.all(), "what was never written lies in one page, and its reading flushes nothing"
     assert harness._last_cache_bytes() >= 1 << 18
-    read = []
-    monkeypatch.setattr(timer, "buffer", type("Buffer", (), {"sum": lambda self: read.append(time.sleep(0.05))})())
-    assert timer(Contestant(lambda _: None), 0.0).ms < 40
+    now, read = [0.0], []
+
+    class Buffer:
+        def sum(self) -> None:
+            read.append(now[0])
+            now[0] += 1.0
+
+    def call(_: None) -> None:
+        now[0] += 0.004
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timer, "buffer", Buffer())
+    assert timer(Contestant(call), 0.0).ms == pytest.approx(4.0)
     assert len(read) == 1
-    timer(Contestant(lambda _: None, in_a_row=2), 0.0)
+    timer(Contestant(call, in_a_row=2), 0.0)
     assert len(read) == 1, "calls in a row find the caches as they are"
 
 
