@@ -98,7 +98,8 @@ class Competitor:
     scaler: torch.amp.GradScaler = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        # From its usual 65,536 it would first have to come down, by steps that update nothing.
+        scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=self.dtype == torch.float16)
         object.__setattr__(self, "scaler", scaler)
 
     @property

@@ -62,6 +62,7 @@ MEMORY_SHARE = 0.9  # of what is free, that competitors may take
 MIB, GIB = 1 << 20, 1 << 30
 
 MODES: tuple[Mode, ...] = ("eager", "compile")
+UNFUSED = ("reference", models.PLAIN_NAIVE)  # whose attention has a T x T matrix
 PARAMETERS, BLOCK_SIZE, BATCH_SIZE = "parameters", "block_size", "batch_size"
 
 # What is measured where nothing else is asked for. The batches of the ladder have about the same number of tokens each.
@@ -205,7 +206,9 @@ def scale(
 ) -> Result:
     """The command. See ``session.start`` and ``session.run`` for the arguments and for what is returned."""
     backends, absent = models.choose_backends(options.backends, options.device)
-    found = sweeps(options, [*backends, *models.peers(backends, options.nanogpt, options.device)])
+    names = [*backends, *models.peers(backends, options.nanogpt, options.device)]
+    # Where memory does not do for all, it is the last that are left out.
+    found = sweeps(options, sorted(names, key=UNFUSED.__contains__))
     result = session.start("scaling", options, out=out, resume=resume, commit=commit)
     cases = list(dict.fromkeys(itertools.chain(*found.values())))
     return session.run(
@@ -300,8 +303,7 @@ class Training:
         Raises:
             Refused: its results are wrong, or there is no room for it.
         """
-        unfused = entrant.name in ("reference", models.PLAIN_NAIVE)
-        self._require_room(case.config, case.batch_size, entrant.dtype, unfused=unfused)
+        self._require_room(case.config, case.batch_size, entrant.dtype, unfused=entrant.name in UNFUSED)
         dtype = DTYPES[entrant.dtype]
         competitor = models.build_competitor(
             entrant.name,
@@ -319,9 +321,16 @@ class Training:
             raise Refused(wrong)
         rise = memory_rise(lambda: take_sample(competitor, batches, 0, 1), self.device)
         seconds = sum(take_sample(competitor, batches, 0, 1).values()) / 1e3
-        if self.device.type == "cuda":
-            competitor.move(torch.device("cpu"))  # the next one is to have the GPU for itself, too
-        return Ready(competitor, competitor.held_bytes(), rise, seconds)
+        held = competitor.held_bytes()
+        if self.device.type == "cuda":  # the next one is to have the GPU for itself, too
+            free = free_bytes()
+            if free is not None and held > MEMORY_SHARE * free:
+                raise Refused(
+                    f"{MEMORY_ENDS}: {held / GIB:.1f} GiB would have to wait for their turn in the host's memory, of "
+                    f"which {free / GIB:.1f} GiB are free: name fewer competitors"
+                )
+            competitor.move(torch.device("cpu"))
+        return Ready(competitor, held, rise, seconds)
 
     def _time(
         self, case: Case, ready: dict[Entrant, Ready], batches: Batches, ceilings: Ceilings, others: OtherWork

@@ -17,6 +17,7 @@ from fastgpt.benchmarks.kernels import say_how_it_ended
 from fastgpt.benchmarks.models import LADDER, PLAIN, PLAIN_NAIVE
 from fastgpt.benchmarks.scaling import Entrant, Options
 from fastgpt.config import PRESETS, GPTConfig, TrainConfig, UserError
+from fastgpt.placement import DTYPES
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": {"fp32": 1e11, "bf16": 2e11}}
@@ -60,10 +61,10 @@ def test_a_run_has_every_competitor_and_follows_the_schema(tmp_path, nanogpt, ca
     assert cases == {("tiny", 4), ("wider", 4), ("tiny", 2)}, "the ladder, and a batch that is not in it"
     assert [row["competitor"] for row in data["results"]] == [
         "torch",
-        "reference",
         "plain",
-        "plain naive",
         "nanoGPT",
+        "reference",
+        "plain naive",
     ] * 3
     for row in data["results"]:
         assert row["block_size"] == 8
@@ -424,14 +425,43 @@ def test_defaults_vary_one_thing_at_a_time():
     }
 
 
+@pytest.mark.parametrize(("dtype", "dropout"), [("fp16", 0.0), ("bf16", 0.0), ("fp32", 0.3)])
+def test_gradient_scaling_and_dropout_are_no_errors(dtype, dropout, nanogpt):
+    """What a scaler multiplies is divided by before it is compared, and the steps that are compared drop nothing."""
+    config, train = TINY["wider"]
+    config = dataclasses.replace(config, dropout=dropout)
+    weights, batch = GPT(config).state_dict(), models.random_batches(config, 4)[0]
+    truth = models.true_steps(config, train, weights, batch)
+    for name in ("torch", PLAIN_NAIVE, "nanoGPT"):
+        mine = models.build_competitor(name, config, train, weights, CPU, dtype=DTYPES[dtype], nanogpt=nanogpt)
+        assert mine.scaler.is_enabled() == (dtype == "fp16")
+        assert models.difference(models.first_steps(mine, batch, dropout), truth, DTYPES[dtype]) is None, name
+        assert mine.model.training
+
+
 @pytest.mark.full
-def test_compiled_competitors_agree_and_share_no_code(tmp_path, nanogpt):
+def test_compiled_competitors_agree(tmp_path, nanogpt):
     """More of them than torch.compile keeps versions of one function by itself."""
     given = options(modes=["compile"], dtypes=["fp32", "bf16"], backends=["torch", "reference"], nanogpt=nanogpt)
     file = scaling.scale(given, out=tmp_path / "run.json")
     assert file.data["problems"] == []
-    names = ["torch", "reference", PLAIN, PLAIN_NAIVE, "nanoGPT"]
+    names = ["torch", PLAIN, "nanoGPT", "reference", PLAIN_NAIVE]
     assert [(row["competitor"], row["mode"]) for row in file.rows] == [(name, "compile") for name in 2 * names]
+
+
+@pytest.mark.full
+def test_two_models_of_nanogpt_are_compiled_apart(nanogpt):
+    """Two of one class would share their code, and with it the attention that the first was traced with."""
+    config, train = TINY["tiny"]
+    weights, batch = GPT(config).state_dict(), models.random_batches(config, 2)[0]
+    torch._dynamo.reset()
+    counts = torch._dynamo.utils.counters["stats"]
+    counts.clear()
+    for _ in range(2):
+        model = models.build_competitor("nanoGPT", config, train, weights, CPU, nanogpt=nanogpt).model
+        model.compile(backend="eager")
+        model(*batch)
+    assert counts["unique_graphs"] == 2
 
 
 # Figures
