@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         options = kernels.Options(
             torch.device("cuda"), dtypes=BENCH_DTYPES, only=only, rounds=args.rounds, seconds=BENCH_SECONDS
         )
-        if args.stage == "bench":
+        if args.stage == "bench" and only:
             options.cases()
-        elif not chosen:
+        elif only and not chosen:
             raise UserError(f"--only: {args.only!r} is in none of these names: {'; '.join(names)}")
     except UserError as error:
         parser.error(str(error))

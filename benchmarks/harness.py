@@ -194,18 +194,17 @@ def measure_ceilings(device: torch.device, timer: Timer) -> Ceilings:
 
 @functools.cache
 def _product_size(dtype: torch.dtype) -> int:
-    """How large the matrices of a product on the CPU are: 2048, or less where that takes long, as it does in bf16 on a
-    processor that has no instructions for it."""
-    n, cpu = 512, torch.device("cpu")
-    while n < 2048 and min(_seconds(_product(n, dtype, cpu)) for _ in range(3)) < 0.025:
-        n *= 2
-    return n
-
-
-def _seconds(contestant: Contestant) -> float:
-    began = time.perf_counter()
-    contestant.call(None)
-    return time.perf_counter() - began
+    """How large the matrices of a product on the CPU are: 2048, or 512 where that would take seconds, as it does in
+    bf16 on a processor that has no instructions for it."""
+    if dtype == torch.float32:
+        return 2048
+    small = _product(512, dtype, torch.device("cpu"))
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        small.call(None)
+        seconds.append(time.perf_counter() - began)
+    return 2048 if min(seconds) < 0.015 else 512
 
 
 def _product(n: int, dtype: torch.dtype, device: torch.device) -> Contestant:

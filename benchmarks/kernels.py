@@ -127,8 +127,10 @@ def measure(
         limit_s: seconds after which no further case begins.
         commit: where git cannot tell.
     Raises:
-        UserError: ``options`` name no case, or ``resume`` is a file of something else.
+        UserError: ``options`` name no case, ``resume`` is a file of something else, or both files are named.
     """
+    if out and resume:
+        raise UserError("--resume goes on in its own file: leave out --out")
     todo, settings = options.cases(), options.settings()
     about = result.describe("kernels", options.device, settings, commit=commit)
     file = Result(resume or out or result.result_path(about, folder), about, resume=resume is not None)

@@ -404,6 +404,7 @@ def test_a_planted_fault_is_refused_with_its_error(
         (["--only", "banana"], "--only: 'banana' is in none of these names: attention, B=12"),
         (["--size", "huge"], "'huge' is not one of"),
         (["--limit", "-1"], "'--limit': Input should be greater than or equal to 0"),
+        (["--resume", "a.json", "--out", "b.json"], "--resume goes on in its own file: leave out --out"),
         (["--resume", "nowhere.json"], "nowhere.json: cannot be read: No such file or directory"),
     ],
 )

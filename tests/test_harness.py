@@ -101,11 +101,21 @@ def test_what_is_read_before_a_call_is_not_in_its_time(monkeypatch: pytest.Monke
     assert timer.buffer.nbytes == 1 << 20
     assert timer.buffer.all(), "what was never written lies in one page, and its reading flushes nothing"
     assert harness._last_cache_bytes() >= 1 << 18
-    read = []
-    monkeypatch.setattr(timer, "buffer", type("Buffer", (), {"sum": lambda self: read.append(time.sleep(0.05))})())
-    assert timer(Contestant(lambda _: None), 0.0).ms < 40
+    now, read = [0.0], []
+
+    class Buffer:
+        def sum(self) -> None:
+            read.append(now[0])
+            now[0] += 1.0
+
+    def call(_: None) -> None:
+        now[0] += 0.004
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timer, "buffer", Buffer())
+    assert timer(Contestant(call), 0.0).ms == pytest.approx(4.0)
     assert len(read) == 1
-    timer(Contestant(lambda _: None, in_a_row=2), 0.0)
+    timer(Contestant(call, in_a_row=2), 0.0)
     assert len(read) == 1, "calls in a row find the caches as they are"
 
 
@@ -146,6 +156,22 @@ def test_ceilings_are_rates_of_what_was_done(monkeypatch: pytest.MonkeyPatch) ->
     assert ceilings["copy_bytes_per_s"] == pytest.approx(2 * (1 << 27) / 2e-3)
     rates = {"fp32": 2 * 64**3 / 0.5e-3, "bf16": 2 * 64**3 / 0.25e-3}
     assert ceilings["matmul_flops_per_s"] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(("milliseconds", "size"), [(5, 2048), (20, 512)])
+def test_a_product_that_takes_long_is_a_smaller_one(
+    milliseconds: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def call(_: None) -> None:
+        now[0] += 1e-3 * milliseconds
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(harness, "_product", lambda n, dtype, device: Contestant(call))
+    size_of = harness._product_size.__wrapped__  # what it remembers is of this machine
+    assert size_of(torch.bfloat16) == size
+    assert size_of(torch.float32) == 2048
 
 
 @pytest.mark.parametrize(("dtype", "rate"), [("fp32", 3.0), ("bf16", 3.0), ("fp16", 3.0)])
