@@ -26,6 +26,7 @@ from fastgpt.benchmarks.compare import (
     timings,
 )
 from fastgpt.benchmarks.figures import Picture
+from fastgpt.benchmarks.machine import QUIET_CORES
 from fastgpt.benchmarks.summary import best_peer, device_of, summarise
 from fastgpt.benchmarks.units import digits, percent, quantity, times
 from fastgpt.config import UserError
@@ -217,7 +218,8 @@ def _run_card(run: Run) -> str:
     if data["ceilings"]["before"]:
         lines["ceilings"] = _ceilings(data["ceilings"])
     if data.get("others_cores") is not None:
-        lines["other programs"] = f"took {data['others_cores']:.2f} of {machine['cores']} cores meanwhile"
+        busy = ", too much to rely on the times" if data["others_cores"] > QUIET_CORES else ""
+        lines["other programs"] = f"took {data['others_cores']:.2f} of {machine['cores']} cores meanwhile{busy}"
     if data["kind"] == "test":
         counts = (f"{sum(row[name] for row in data['results'])} {name}" for name in ("passed", "failed", "skipped"))
         lines["tests"] = ", ".join(counts)

@@ -197,6 +197,13 @@ def test_a_run_that_is_not_valid_says_so_and_why():
     assert "copy changed by +20%" in text
 
 
+@pytest.mark.parametrize(("cores", "doubt"), [(0.05, False), (1.2, True)])
+def test_a_busy_machine_is_called_so(cores, doubt):
+    text = text_of(render([samples.about("kernels", others_cores=cores)])[0])
+    assert f"took {cores:.2f} of 2 cores meanwhile" in text
+    assert ("too much to rely on the times" in text) == doubt
+
+
 @pytest.mark.parametrize("kind", ["kernels", "scaling", "generate", "test", "sanitize"])
 def test_a_run_without_rows_or_ceilings_is_shown(kind):
     data = samples.about(kind, ceilings={"before": None, "after": None}, complete=False, valid=False)
