@@ -81,8 +81,10 @@ def start(kind: str, options: Any, *, out: Path | None, resume: Path | None, com
         resume: the file to go on with instead.
         commit: where git cannot tell.
     Raises:
-        UserError: ``resume`` cannot be gone on with.
+        UserError: ``resume`` cannot be gone on with, or both files are named.
     """
+    if out and resume:
+        raise UserError("--resume goes on in its own file: leave out --out")
     about = describe(kind, options.device, options.settings(), commit=commit, nanogpt=options.nanogpt)
     return Result(resume or out or result_path(about), about, resume=resume is not None)
 

@@ -337,6 +337,8 @@ def test_a_run_that_was_cut_short_is_resumed(tmp_path, monkeypatch):
     assert file.data["problems"] == ["tiny, 4 x 8 tokens: torch, compile, fp32: wrong: it is"]
     with pytest.raises(UserError, match="cannot be resumed: it is of another choice of settings"):
         scaling.scale(options(models=["tiny"], backends=["torch"]), resume=path)
+    with pytest.raises(UserError, match="--resume goes on in its own file: leave out --out"):
+        scaling.scale(given, resume=path, out=path)
 
 
 def test_a_run_ends_in_time(tmp_path, monkeypatch):
