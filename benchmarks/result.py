@@ -29,6 +29,9 @@ KINDS = ("kernels", "scaling", "generate", "test", "sanitize")
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCHEMA = Path(__file__).with_name("result.schema.json")
 
+# Of the environment what has other kernels run; a file's settings have what is set of it.
+_ENVIRONMENT = ("FASTGPT_CPU_ISA", "FASTGPT_HOPPER_ATTENTION")
+
 # What a run that is resumed must have in common with its beginning, and how a refusal names it.
 _SAME = {
     "kind": "kind of run",
@@ -181,7 +184,7 @@ def describe(
         "versions": describe_versions(nanogpt),
         "commit": commit or commit_of(REPOSITORY),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": settings,
+        "settings": {**settings, **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}},
     }
 
 

@@ -121,7 +121,9 @@ def test_the_schema_sees_what_is_missing_and_what_is_wrong(kind: str, tmp_path: 
     assert result.violations({**data, "date": "yesterday"}) != []
 
 
-def test_what_a_file_says_of_this_machine(tmp_path: Path) -> None:
+def test_what_a_file_says_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FASTGPT_CPU_ISA", "FASTGPT_HOPPER_ATTENTION"):
+        monkeypatch.delenv(name, raising=False)
     about = result.describe("kernels", CPU, {"only": ""}, commit="abc")
     assert about["machine"]["threads"] == torch.get_num_threads()
     assert about["machine"]["memory_bytes"] > 1 << 20
@@ -129,6 +131,8 @@ def test_what_a_file_says_of_this_machine(tmp_path: Path) -> None:
     assert about["versions"]["torch"] == torch.__version__
     assert about["versions"]["nanogpt"] is None
     assert (about["commit"], about["settings"]) == ("abc", {"only": ""})
+    monkeypatch.setenv("FASTGPT_CPU_ISA", "avx2")  # other kernels
+    assert result.describe("kernels", CPU, {"only": ""})["settings"] == {"only": "", "FASTGPT_CPU_ISA": "avx2"}
     path = result.result_path(about, tmp_path)
     assert path.parent == tmp_path
     assert path.name.startswith("kernels_")
