@@ -406,6 +406,8 @@ def test_make_needs_no_installed_fastgpt(tmp_path: Path) -> None:
     (fake / "__init__.py").write_text("raise ImportError('the wrong fastgpt')")
     command = ["make", "-C", str(REPOSITORY), "gpu-check", "STAGE=bench", f"PYTHON={sys.executable}"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path)}
+    for name in ("MAKEFLAGS", "ARGS"):  # of a make around the tests
+        environment.pop(name, None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "This needs a GPU" in done.stderr
     assert done.returncode == 2

@@ -860,8 +860,9 @@ __global__ void race_with_a_box(bool planted, float* data, const __grid_constant
 
 // Beyond the 1024 floats there are.
 __global__ void global_beyond_its_end(bool planted, float* data) {
-  const float x = ldg(data + (here(planted) ? 1024 : 0) + tid());  // FAULT global_beyond_its_end
-  stg(data + tid() + 64 * (blockIdx.x + 2 * blockIdx.y), x);
+  float* mine = data + 64 * (blockIdx.x + 2 * blockIdx.y) + tid();
+  const float x = ldg(mine + (here(planted) ? 1024 : 0));  // FAULT global_beyond_its_end
+  stg(mine, x);
 }
 
 const dim3 kGrid(2, 2), kBlock(32, 2);
