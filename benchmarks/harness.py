@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import statistics
 import sys
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 FEWEST_ROUNDS = 7  # below that a median is no figure to quote
 WARMUP_ROUNDS = 2
 SAMPLE_SECONDS = 0.02  # of a sample on a CPU, at least
+RESERVE_S = 15.0  # of a run's time, for the ceilings at its end
 MOST_DRIFT = {"cuda": 0.03, "cpu": 0.15}
 
 Ceilings = dict[str, Any]
@@ -235,6 +237,15 @@ def drifted(before: Ceilings, after: Ceilings, device: torch.device) -> list[str
 def _flat(ceilings: Ceilings) -> dict[str, float]:
     products = {f"a product in {name}": rate for name, rate in ceilings["matmul_flops_per_s"].items()}
     return {"a copy": ceilings["copy_bytes_per_s"], **products}
+
+
+def clean_up(device: torch.device) -> None:
+    """Let go of what a case held, and wait for the device."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def first_line(error: BaseException | str) -> str:

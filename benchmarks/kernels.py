@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import statistics
 import time
 import warnings
@@ -23,9 +22,11 @@ from fastgpt.benchmarks import cases, result
 from fastgpt.benchmarks.cases import Case, WrongResult
 from fastgpt.benchmarks.harness import (
     FEWEST_ROUNDS,
+    RESERVE_S,
     SAMPLE_SECONDS,
     Ceilings,
     Timer,
+    clean_up,
     drifted,
     first_line,
     interleave,
@@ -42,7 +43,6 @@ from fastgpt.config import UserError
 # Called with a case and ``ceilings``, gives its rows.
 CaseRunner = Callable[..., list[dict[str, Any]]]
 
-RESERVE_S = 15.0  # for the ceilings at the end
 DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32", "fp16")}
 _SAMPLE_SECONDS = {"tiny": 0.0, "small": 0.005, "full": SAMPLE_SECONDS}
 DEFAULT_SECONDS = {"tiny": 0.0, "small": 0.5, "full": 4.0}
@@ -250,15 +250,6 @@ def problems_of(case: Case, rows: Sequence[dict[str, Any]], device: torch.device
             and reason != reason_not_to_time(case.op, name, device, dtype)
         )
     )
-
-
-def clean_up(device: torch.device) -> None:
-    """Let go of what a case held, and wait for the device."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
 
 
 def run_case(

@@ -12,8 +12,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fastgpt import dispatch
-from fastgpt.benchmarks.harness import Ceilings, drifted, first_line, measure_ceilings, progress_bar, timer_for
-from fastgpt.benchmarks.kernels import RESERVE_S, clean_up
+from fastgpt.benchmarks.harness import (
+    RESERVE_S,
+    Ceilings,
+    clean_up,
+    drifted,
+    first_line,
+    measure_ceilings,
+    progress_bar,
+    timer_for,
+)
 from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.models import NANOGPT
 from fastgpt.benchmarks.result import Result, describe, result_path
