@@ -149,7 +149,7 @@ def test_ceilings_are_rates_of_what_was_done(monkeypatch: pytest.MonkeyPatch) ->
     def interleaved(contestants: dict[str, Contestant], *_: object, **__: object) -> dict[str, list[Sample]]:
         for contestant in contestants.values():
             contestant.call(None)
-        return {name: [Sample(times[name], None)] for name in contestants}
+        return {name: [Sample(3 * times[name], None), Sample(times[name], None)] for name in contestants}
 
     monkeypatch.setattr(harness, "interleave", interleaved)
     ceilings = harness.measure_ceilings(CPU, CpuTimer(0.0, 0))
