@@ -113,7 +113,7 @@ def test_who_waits_in_the_hosts_memory_leaves_the_gpu_and_goes_on():
                 competitor.move(device)
                 assert torch.cuda.memory_allocated() - (before - left) >= 0.9 * left
             losses.append([models.step(competitor, batch).item() for _ in range(3)])
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4), "PyTorch's attention has a backward that may differ by bits"
 
 
 def test_out_of_memory_is_where_memory_ends():
