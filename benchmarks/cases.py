@@ -103,6 +103,9 @@ class Case:
     def name(self) -> str:
         return ", ".join((self.label, " ".join(f"{size}={n}" for size, n in self.shape.items()), self.dtype))
 
+    def key(self) -> dict[str, Any]:
+        return {"case": self.name}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which cases

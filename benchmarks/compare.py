@@ -102,9 +102,12 @@ class Comparison:
         """What it comes to."""
         ours = [change for change in self.changes if change.ours]
         few = sum(change.verdict == UNKNOWN for change in ours)
+        beside = [change.beside_peers for change in ours if change.beside_peers is not None]
+        alike = sum(max(change, 1 / change) <= 1 + self.threshold for change in beside)
         return [
             f"Of {len(ours)} times of ours, {len(self.regressions)} became slower and {len(self.improvements)} faster, "
             f"by {self.threshold:.0%} or more and beyond the spread of the samples.",
+            *([f"Beside their peers {alike} of {len(beside)} agree within {self.threshold:.0%}."] if beside else []),
             *([f"{few} of them have fewer than {FEWEST_SAMPLES} samples, too few to tell."] if few else []),
             *(f"{len(tasks)} rows are in the {age} file only." for age, tasks in self._alone() if tasks),
             *self.notes,
@@ -172,7 +175,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = THRESHO
             "follows for the code; `fastgpt bench report` shows them side by side"
         )
     before, after = timings(old), timings(new)
-    refused = {task_of(new["kind"], row): row["left_out"] for row in new["results"] if "left_out" in row}
+    refused = {task_of(new["kind"], row): _left_out(row) for row in new["results"]}
     updated = [name for name in _PEER_VERSIONS if old["versions"][name] != new["versions"][name]]
     drift = None if updated else _drift(before, after)
     changes = [
@@ -191,6 +194,11 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = THRESHO
         _notes(old, new, updated, drift),
         threshold,
     )
+
+
+def _left_out(row: dict[str, Any]) -> dict[str, str]:
+    """By ``Timing.competitor``: training's have the dtype in their names, since all dtypes take turns together."""
+    return {name.removesuffix(f", {row['dtype']}"): reason for name, reason in row.get("left_out", {}).items()}
 
 
 def other_machine(old: dict[str, Any], new: dict[str, Any]) -> str | None:

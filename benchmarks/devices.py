@@ -6,9 +6,11 @@ import torch
 
 TERA = 10**12
 
-# Dense products with fp32 sums at the boost clock, in TFLOP/s, from NVIDIA's data sheets and architecture whitepapers:
-# plain fp32, TF32, and 16 bits (fp16 alone on what is older than Ampere). Where a sheet states rates "with sparsity",
-# half of that. GPUs of one chip differ by their form (SXM, PCIe, NVL), so a name counts only whole.
+# Dense products with fp32 sums at the boost clock, in TFLOP/s, as NVIDIA states them: plain fp32, TF32, and 16 bits
+# (fp16 alone on what is older than Ampere). Where rates are "with sparsity", half of that. GPUs of one chip differ by
+# their form (SXM, PCIe, NVL), so a name counts only whole. The sources are the data sheets of V100, T4, A100, A40, A10,
+# L4, L40S, H100 (its NVL), H200, GH200 and HGX B200, and the architecture whitepapers of GA102 (RTX 3090), Ada (RTX
+# 4090) and Hopper (H100 SXM5 and PCIe, for which the data sheet rounds).
 _AMPERE_DATA_CENTER = {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0, "fp16": 312.0}
 _HOPPER_SXM = {"fp32": 66.9, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4}
 _HOPPER_NVL = {"fp32": 60.0, "tf32": 417.5, "bf16": 835.5, "fp16": 835.5}
@@ -33,7 +35,7 @@ PEAK_TFLOPS = {
     "NVIDIA H200": _HOPPER_SXM,
     "NVIDIA H200 NVL": _HOPPER_NVL,
     "NVIDIA GH200 480GB": _HOPPER_SXM,
-    "NVIDIA B200": {"tf32": 1125.0, "bf16": 2250.0, "fp16": 2250.0},
+    "NVIDIA B200": {"fp32": 75.0, "tf32": 1100.0, "bf16": 2250.0, "fp16": 2250.0},
 }
 
 

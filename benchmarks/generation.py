@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from fastgpt.benchmarks.harness import (
     FEWEST_ROUNDS,
     Ceilings,
     Contestant,
+    Timer,
     interleave,
     print_table,
     ratios,
@@ -34,7 +34,7 @@ from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.models import LADDER, NANOGPT
 from fastgpt.benchmarks.plain import PlainGPT
 from fastgpt.benchmarks.result import Result, spread
-from fastgpt.benchmarks.session import Outcome
+from fastgpt.benchmarks.session import Outcome, Plan
 from fastgpt.config import GPTConfig, UserError
 from fastgpt.generate import generate
 from fastgpt.placement import DTYPES
@@ -52,53 +52,39 @@ DEFAULT_NEW_TOKENS = {"cpu": 32, "cuda": 128}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What the command line says; an empty list and a zero take the defaults of the device.
+class Options(models.Options):
+    """What the command line says: see ``models.Options``.
 
     Args:
-        models: rungs of ``models.LADDER``.
         contexts: tokens that are there before the first is drawn; by default those that fit into every model.
-        new_tokens: that are drawn; with the context they fit into every model's block_size.
-        nanogpt: a checkout.
+        new_tokens: that are drawn; with the context they fit into every model's block_size; 0 is the device's default.
     Raises:
         UserError: a name that is not there, or a number out of its range.
     """
 
-    device: torch.device
-    models: list[str] = dataclasses.field(default_factory=list)
-    backends: list[str] = dataclasses.field(default_factory=list)
-    dtypes: list[str] = dataclasses.field(default_factory=list)
-    batch_sizes: list[int] = dataclasses.field(default_factory=list)
     contexts: list[int] = dataclasses.field(default_factory=list)
     new_tokens: int = 0
-    rounds: int = 15
-    nanogpt: Path | None = None
 
     def __post_init__(self) -> None:
         kind = self.device.type
-        session.fill_in(self, models=DEFAULT_MODELS[kind], new_tokens=DEFAULT_NEW_TOKENS[kind])
-        session.require_known("model", self.models, LADDER)
+        self.fill_in(models=DEFAULT_MODELS[kind], new_tokens=DEFAULT_NEW_TOKENS[kind])
+        models.require_known("model", self.models, LADDER)
         room = min(LADDER[model][0].block_size for model in self.models) - self.new_tokens
-        session.fill_in(
-            self,
+        self.fill_in(
             dtypes=DEFAULT_DTYPES[kind],
             batch_sizes=DEFAULT_BATCH_SIZES[kind],
             contexts=[context for context in DEFAULT_CONTEXTS[kind] if context <= room] or DEFAULT_CONTEXTS[kind][:1],
         )
-        session.require_known("dtype", self.dtypes, DTYPES)
-        session.require_at_least("batch-size", min(self.batch_sizes), 1)
-        session.require_at_least("context", min(self.contexts), 1)
-        session.require_at_least("new-tokens", self.new_tokens, CHECKED_TOKENS)
-        session.require_at_least("rounds", self.rounds, FEWEST_ROUNDS)
+        models.require_known("dtype", self.dtypes, DTYPES)
+        models.require_at_least("batch-size", min(self.batch_sizes), 1)
+        models.require_at_least("context", min(self.contexts), 1)
+        models.require_at_least("new-tokens", self.new_tokens, CHECKED_TOKENS)
+        models.require_at_least("rounds", self.rounds, FEWEST_ROUNDS)
         if max(self.contexts) > room:
             raise UserError(
                 f"--context {max(self.contexts)} and {self.new_tokens} new tokens do not fit into the "
                 f"{room + self.new_tokens} tokens of the smallest model"
             )
-
-    def settings(self) -> dict[str, Any]:
-        """What a file says of them, and what must be the same where one is resumed."""
-        return session.settings_of(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,29 +135,22 @@ def cases(options: Options, who: list[str]) -> list[Case]:
     ]
 
 
-def run(
-    options: Options,
-    *,
-    out: Path | None = None,
-    resume: Path | None = None,
-    limit_s: float | None = None,
-    commit: str | None = None,
-) -> Result:
-    """The command. See ``session.start`` and ``session.run`` for the arguments and for what is returned."""
-    backends, absent = models.choose_backends(options.backends, options.device)
-    who = [*backends, NANOGPT] if options.nanogpt else backends
-    result = session.start("generate", options, out=out, resume=resume, commit=commit)
-    measure = Generation(options).measure
-    return session.run(result, cases(options, who), measure, options.device, absent, limit_s=limit_s, show=show)
+def run(options: Options, plan: Plan) -> Result:
+    """The command. See ``session.run`` for what is returned."""
+    backends, absent = models.choose_backends(options)
+    todo = cases(options, [*backends, NANOGPT] if options.nanogpt else backends)
+    timer = timer_for(options.device)
+    measure = Generation(options, timer).measure
+    return session.run("generate", options, plan, todo, measure, timer, absent, show=show, nanogpt=options.nanogpt)
 
 
 class Generation:
     """Measures cases."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, timer: Timer) -> None:
         self.options = options
         self.device = options.device
-        self.timer = timer_for(options.device)
+        self.timer = timer
 
     def measure(self, case: Case, ceilings: Ceilings, others: OtherWork) -> Outcome:
         """The rows of a case, and who has none."""

@@ -1,4 +1,4 @@
-"""Check fastgpt on a GPU, in three stages of less than ten minutes; each writes one JSON file, anew with every result.
+"""Check fastgpt on a GPU, in three stages of less than ten minutes; JSON files are written anew with every result.
 
     python -m fastgpt.benchmarks.gpu_check --stage test|sanitize|bench [--out benchmarks/results]
 
@@ -8,9 +8,10 @@
   left in error, is started again behind the test that did it.
 - sanitize: compute-sanitizer's memcheck and racecheck over every op of the triton and the cuda backend, forward and
   backward, on small odd shapes; and memcheck over a planted fault, which it has to find.
-- bench: `fastgpt bench kernels` in full size, in bf16 (``kernels.measure``).
+- bench: `fastgpt bench kernels` in full size, then some of `fastgpt bench generate` and of `fastgpt bench scaling`, all
+  of it in bf16; each of the three writes a file.
 
-The file is that of all benchmarks (``result.py``). ``valid`` says that the stage came to its end as it should (every
+Files are those of all benchmarks (``result.py``). ``valid`` says that the stage came to its end as it should (every
 test ran, the sanitizer works, the ceilings stood still), and is false until then.
 
 Exit code: 0 where the run is valid and has no problems, 1 where not, 2 where the stage cannot run here: then nothing is
@@ -20,6 +21,8 @@ written.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -31,16 +34,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 import fastgpt
-from fastgpt.benchmarks import kernels, result
-from fastgpt.benchmarks.harness import first_line, print_table
+from fastgpt.benchmarks import generation, kernels, models, result, scaling
+from fastgpt.benchmarks.harness import FEWEST_ROUNDS, first_line, print_table
 from fastgpt.benchmarks.result import REPOSITORY, Result
+from fastgpt.benchmarks.session import Plan, say_how_it_ended
 from fastgpt.benchmarks.small_calls import small_calls
 from fastgpt.config import UserError
 from fastgpt.triton_kernels import library
@@ -49,12 +53,15 @@ from fastgpt.triton_kernels import library
 NEEDED = {
     "test": ("triton", "numpy", "pytest", "rich", "typer", "safetensors", "matplotlib"),
     "sanitize": ("triton",),
-    "bench": ("triton", "rich"),
+    "bench": ("triton", "numpy", "rich"),
 }
 LIMIT_S = {"test": 540.0, "sanitize": 540.0, "bench": 440.0}  # a case that has begun comes to its end
 KERNEL_BACKENDS = ("triton", "cuda")
-BENCH_DTYPES = ("bf16",)  # what training runs in; the others are `fastgpt bench kernels`'s
+BENCH_DTYPE = "bf16"  # what training runs in; the others are for `fastgpt bench`
 BENCH_SECONDS = 2.0  # for the rounds of a part
+BENCH_BACKENDS = ("triton", "cuda", "torch")  # of whole models: the reference would take all of the time
+# What each may take of the time that is left. Training comes last, since it is one case, and compiling takes minutes.
+BENCH_SHARES = {"kernels": 0.55, "generate": 0.25, "scaling": 1.0}
 
 # The folder that has the package fastgpt: where `python -c` finds it, whatever lies in the folder of the caller.
 HOME = Path(fastgpt.__file__).parents[1]
@@ -67,10 +74,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         description="Check fastgpt on a GPU: run its tests, look for wrong memory accesses, time its kernels.",
     )
     parser.add_argument("--stage", choices=NEEDED, required=True)
-    parser.add_argument("--out", type=Path, help="folder for the JSON file; default: benchmarks/results")
-    parser.add_argument("--only", default="", metavar="TEXT", help="test files, ops or cases whose name contains TEXT")
+    parser.add_argument("--out", type=Path, help="folder for the files; default: benchmarks/results")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="test files, ops or kernels whose name has TEXT in it"
+    )
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="default: by the stage, so that it ends in time")
-    parser.add_argument("--rounds", type=int, default=30, help="samples of each competitor at most; default: 30")
+    parser.add_argument("--rounds", type=int, default=30, help="samples of a kernel at most; default: 30")
     parser.add_argument("--commit", help="the commit under test, where git cannot tell")
     args = parser.parse_args(argv)
     if args.limit is None:
@@ -82,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         only = (args.only,) if args.only else ()
         options = kernels.Options(
-            torch.device("cuda"), dtypes=BENCH_DTYPES, only=only, rounds=args.rounds, seconds=BENCH_SECONDS
+            torch.device("cuda"), dtypes=(BENCH_DTYPE,), only=only, rounds=args.rounds, seconds=BENCH_SECONDS
         )
         if args.stage == "bench" and only:
             options.cases()
@@ -105,23 +114,56 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if args.stage == "test" and not (REPOSITORY / "tests").is_dir():
         _refuse(f"The test stage needs a checkout of fastgpt: there is no folder {REPOSITORY / 'tests'}.")
 
+    plan = Plan(folder=args.out, limit_s=args.limit, commit=args.commit)
     if args.stage == "bench":
-        file = kernels.measure(options, folder=args.out, limit_s=args.limit, commit=args.commit)
+        sys.exit(bench(options, plan))
+    settings = {"only": args.only, "limit_s": args.limit}
+    about = result.describe(args.stage, options.device, settings, commit=args.commit)
+    file = Result(result.result_path(about, args.out), about)
+    if args.stage == "test":
+        run_tests(file, [REPOSITORY / "tests" / name for name in chosen], args.limit, workers())
     else:
-        settings = {"only": args.only, "limit_s": args.limit}
-        about = result.describe(args.stage, options.device, settings, commit=args.commit)
-        file = Result(result.result_path(about, args.out), about)
-        if args.stage == "test":
-            run_tests(file, [REPOSITORY / "tests" / name for name in chosen], args.limit, workers())
-        else:
-            assert sanitizer is not None
-            sanitize(file, sanitizer, chosen, args.limit)
-    sys.exit(kernels.say_how_it_ended(file))
+        assert sanitizer is not None
+        sanitize(file, sanitizer, chosen, args.limit)
+    sys.exit(say_how_it_ended(file))
 
 
 def _refuse(reason: str) -> NoReturn:
     print(reason, file=sys.stderr)
     sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage "bench"
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bench(options: kernels.Options, plan: Plan) -> int:
+    """Measure the kernels and, unless some cases of them alone were asked for, GPT-2 as it generates and trains.
+
+    Returns:
+        The exit code.
+    """
+    assert plan.limit_s is not None
+    runs: dict[str, Callable[[Plan], Result]] = {"kernels": functools.partial(kernels.measure, options)}
+    if not options.only:
+        usable = models.usable_backends(options.device)[0]
+        shared: dict[str, Any] = {
+            "models": ["gpt2"],
+            "backends": [backend for backend in BENCH_BACKENDS if backend in usable],
+            "dtypes": [BENCH_DTYPE],
+            "rounds": FEWEST_ROUNDS,
+        }
+        generate = generation.Options(options.device, **shared, contexts=[256], new_tokens=64)
+        train = scaling.Options(options.device, **{**shared, "batch_sizes": [0]}, sweep="gpt2", block_sizes=[0])
+        runs["generate"] = functools.partial(generation.run, generate)
+        runs["scaling"] = functools.partial(scaling.scale, train)
+    deadline, codes = time.monotonic() + plan.limit_s, []
+    for kind, run in runs.items():
+        share = BENCH_SHARES[kind] if len(runs) > 1 else 1.0
+        file = run(dataclasses.replace(plan, limit_s=share * (deadline - time.monotonic())))
+        codes.append(say_how_it_ended(file))
+    return max(codes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +185,7 @@ TEST_FILES = (
     "test_cuda_hopper.py",
     "test_prims.py",
     "test_cuda.py",
+    "test_cuda_bench.py",
     "test_triton.py",
     "test_compile.py",
     "test_model.py",

@@ -9,39 +9,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt import dispatch
-from fastgpt.benchmarks import cases, result
+from fastgpt.benchmarks import cases, session
 from fastgpt.benchmarks.cases import Case, WrongResult
 from fastgpt.benchmarks.harness import (
     FEWEST_ROUNDS,
-    RESERVE_S,
     SAMPLE_SECONDS,
     Ceilings,
     Timer,
-    clean_up,
-    drifted,
     first_line,
     interleave,
-    measure_ceilings,
     print_table,
-    progress_bar,
     ratios,
     timer_for,
 )
 from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.result import Result, spread
+from fastgpt.benchmarks.session import Outcome, Plan
 from fastgpt.config import UserError
-
-# Called with a case and ``ceilings``, gives its rows.
-CaseRunner = Callable[..., list[dict[str, Any]]]
 
 DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32", "fp16")}
 _SAMPLE_SECONDS = {"tiny": 0.0, "small": 0.005, "full": SAMPLE_SECONDS}
@@ -109,51 +99,27 @@ class Options:
         return chosen
 
 
-def measure(
-    options: Options,
-    *,
-    out: Path | None = None,
-    folder: Path | None = None,
-    resume: Path | None = None,
-    limit_s: float | None = None,
-    commit: str | None = None,
-) -> Result:
-    """Run the cases and write the file.
+def measure(options: Options, plan: Plan) -> Result:
+    """The command. See ``session.run`` for what is returned.
 
-    Args:
-        options: what is measured.
-        out: the file; None gives it a name in ``folder``, and None there means benchmarks/results.
-        resume: a file to go on with.
-        limit_s: seconds after which no further case begins.
-        commit: where git cannot tell.
     Raises:
-        UserError: ``options`` name no case, ``resume`` is a file of something else, or both files are named.
+        UserError: ``options`` name no case, or the plan's ``resume`` is a file of something else.
     """
-    if out and resume:
-        raise UserError("--resume goes on in its own file: leave out --out")
-    todo, settings = options.cases(), options.settings()
-    about = result.describe("kernels", options.device, settings, commit=commit)
-    file = Result(resume or out or result.result_path(about, folder), about, resume=resume is not None)
-    absent = absent_competitors(options)
-    timer, others = timer_for(options.device, _SAMPLE_SECONDS[options.size]), OtherWork()
+    todo, absent = options.cases(), absent_competitors(options)
+    timer = timer_for(options.device, _SAMPLE_SECONDS[options.size])
     run = functools.partial(
         run_case,
         device=options.device,
         timer=timer,
         rounds=options.rounds,
-        seconds=settings["seconds"],
+        seconds=options.settings()["seconds"],
         absent=absent,
-        others=others,
     )
-    ceilings = functools.partial(measure_ceilings, options.device, timer)
-    file.update(absent=absent)
-    print(f"Each case goes into {file.path}; --resume goes on with it.")
-    for name, reason in absent.items():
-        print(f"{name} takes no part: {reason}")
-    bench(file, todo, run, ceilings, functools.partial(clean_up, options.device), options.device, limit_s)
-    file.update(others_cores=others.cores)
-    print(others)
-    return file
+
+    def excused(case: Case, name: str, reason: str) -> bool:
+        return reason == reason_not_to_time(case.op, name, options.device, cases.DTYPES[case.dtype])
+
+    return session.run("kernels", options, plan, todo, run, timer, absent, show=show, excused=excused)
 
 
 def absent_competitors(options: Options) -> dict[str, str]:
@@ -175,103 +141,26 @@ def reason_not_to_time(op: str, backend: str, device: torch.device, dtype: torch
     return reason
 
 
-def bench(
-    file: Result,
-    todo: Sequence[Case],
-    run: CaseRunner,
-    ceilings: Callable[[], Ceilings],
-    clean_up: Callable[[], None],
-    device: torch.device,
-    limit_s: float | None,
-    clock: Callable[[], float] = time.monotonic,
-) -> None:
-    """Run the cases that the file does not have yet, between two measurements of the ceilings.
-
-    Args:
-        file: takes the rows.
-        todo: the cases.
-        run: runs a case, as ``run_case`` does.
-        ceilings: measures them.
-        clean_up: called after each case; raises RuntimeError where the GPU is in error.
-        device: whose ceilings they are.
-        limit_s: seconds after which no further case begins; None sets no limit.
-    """
-    deadline = float("inf") if limit_s is None else clock() + limit_s
-    before = file.data["ceilings"]["before"] or ceilings()
-    file.update(ceilings={"before": before, "after": None})
-    complete = True
-    with progress_bar() as bar:
-        task = bar.add_task("", total=len(todo))
-        for number, case in enumerate(todo):
-            if clock() > deadline - RESERVE_S:
-                missed = "; ".join(case.name for case in todo[number:])
-                file.update(problems=[f"the time did not do for {missed}"])
-                complete = False
-                break
-            bar.update(task, description=case.name)
-            if file.has(case=case.name):
-                file.update(problems=problems_of(case, file.rows, device))
-            else:
-                complete = _run(file, case, run, before, device) and complete
-                try:
-                    clean_up()
-                except RuntimeError as error:  # a process cannot recover from it
-                    file.update(problems=[f"{case.name} left the GPU in error, and the run ends: {first_line(error)}"])
-                    return
-            bar.advance(task)
-    after = ceilings()
-    problems = drifted(before, after, device)
-    file.update(ceilings={"before": before, "after": after}, problems=problems, complete=complete, valid=not problems)
-
-
-def _run(file: Result, case: Case, run: CaseRunner, ceilings: Ceilings, device: torch.device) -> bool:
-    """Run a case; False where it came to no end."""
-    try:
-        rows = run(case, ceilings=ceilings)
-    except Exception as error:  # the other cases' figures are wanted all the same
-        file.update(problems=[f"{case.name}: {first_line(error)}"])
-        return False
-    file.update(rows=rows, problems=problems_of(case, rows, device))
-    for row in rows:
-        print_row(row)
-    return True
-
-
-def problems_of(case: Case, rows: Sequence[dict[str, Any]], device: torch.device) -> list[str]:
-    """A sentence for each of our backends that should have been timed in the case and was not."""
-    dtype = cases.DTYPES[case.dtype]
-    return list(
-        dict.fromkeys(
-            f"{case.name}: {name}: {reason}"
-            for row in rows
-            for name, reason in row["left_out"].items()
-            if row["case"] == case.name
-            and name in dispatch.BACKENDS
-            and reason != reason_not_to_time(case.op, name, device, dtype)
-        )
-    )
-
-
 def run_case(
     case: Case,
+    ceilings: Ceilings,
+    others: OtherWork,
     *,
     device: torch.device,
     timer: Timer,
     rounds: int,
     seconds: float,
-    ceilings: Ceilings,
     absent: dict[str, str],
-    others: OtherWork,
-) -> list[dict[str, Any]]:
+) -> Outcome:
     """Hold the competitors to the truth, then time each part of the case.
 
     Args:
         case: to run.
+        ceilings: measured before.
+        others: counts what other programs do while times are taken.
         device: where.
         timer, rounds, seconds: as ``harness.interleave`` takes them.
-        ceilings: measured before.
         absent: who does not take part at all.
-        others: counts what other programs do while times are taken.
     Returns:
         A row of the file for each part.
     """
@@ -334,10 +223,16 @@ def run_case(
                 for ours in times
                 if ours in dispatch.BACKENDS
             },
-            "left_out": left_out,
         }
         rows.append(row)
-    return rows
+    return Outcome(rows, left_out)
+
+
+def show(case: Case, outcome: Outcome) -> None:
+    """Print a case's tables."""
+    for row in outcome.rows:
+        print_row(row)
+    session.show_left_out(case, outcome)
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -360,13 +255,3 @@ def print_row(row: dict[str, Any]) -> None:
         )
     headings = ("ms: median (min, max)", "of ceiling", "rate", "host ms", *(f"time / {mine}'s" for mine in ours))
     print_table((f"{row['case']}, {row['part']}", *headings), lines)
-    for name, reason in row["left_out"].items():
-        print(f"  {name} left out: {reason}")
-
-
-def say_how_it_ended(file: Result) -> int:
-    """Print the problems and where the file is; the exit code: 0 where the run is valid and has no problems."""
-    for problem in file.data["problems"]:
-        print(problem)
-    print(f"{'valid' if file.data['valid'] else 'not valid'}: {file.path}")
-    return 0 if file.data["valid"] and not file.data["problems"] else 1

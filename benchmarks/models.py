@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +32,7 @@ from fastgpt.optim import build_optimizer, gradients
 
 VOCAB_SIZE = 65  # symbols of Tiny Shakespeare
 PLAIN, PLAIN_NAIVE, NANOGPT, NANOGPT_CUDNN = "plain", "plain naive", "nanoGPT", "nanoGPT with cuDNN"
+_NO_CHECKOUT = "no checkout of it was named (--vs nanogpt=PATH)"
 
 Mode = Literal["eager", "compile"]
 Batch = tuple[Tensor, Tensor]  # tokens and targets, both (B, T)
@@ -66,6 +67,55 @@ LADDER = {
     "gpt2-large": _rung("gpt2-large"),  # 774M
     "gpt2-xl": _rung("gpt2-xl"),  # 1558M
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says, whatever is measured of the models; an empty list takes the defaults of the device.
+
+    Args:
+        models: rungs of ``LADDER``.
+        backends: none takes those that run every op on the device.
+        rounds: samples of each competitor at most.
+        nanogpt: a checkout.
+    """
+
+    device: torch.device
+    models: list[str] = dataclasses.field(default_factory=list)
+    backends: list[str] = dataclasses.field(default_factory=list)
+    dtypes: list[str] = dataclasses.field(default_factory=list)
+    batch_sizes: list[int] = dataclasses.field(default_factory=list)
+    rounds: int = 15
+    nanogpt: Path | None = None
+
+    def fill_in(self, **defaults: Any) -> None:
+        """Give the fields that are empty or zero their defaults."""
+        for name, default in defaults.items():
+            object.__setattr__(self, name, getattr(self, name) or default)
+
+    def settings(self) -> dict[str, Any]:
+        """Without what the file says elsewhere or nobody else's disk has."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "device": self.device.type, "nanogpt": self.nanogpt is not None}
+
+
+def require_known(what: str, values: Sequence[str], known: Iterable[str]) -> None:
+    """
+    Raises:
+        UserError: one of the values is not known.
+    """
+    for value in values:
+        if value not in known:
+            raise UserError(f"there is no {what} {value!r} to measure; there are {', '.join(known)}")
+
+
+def require_at_least(what: str, value: int, least: int) -> None:
+    """
+    Raises:
+        UserError: the value is less.
+    """
+    if value < least:
+        raise UserError(f"--{what} must be at least {least}, got {value}")
 
 
 @functools.cache  # a model is built for it, if without any memory
@@ -241,19 +291,21 @@ def usable_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
     return usable, absent
 
 
-def choose_backends(wanted: list[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """``usable_backends``, but those ``wanted`` alone where any are named.
+def choose_backends(options: Options) -> tuple[list[str], dict[str, str]]:
+    """``usable_backends``, but those that are wanted alone where any are named; and nanoGPT, where it is not here.
 
     Raises:
         UserError: one of them is unknown, or cannot be timed here, with the reason.
     """
-    usable, absent = usable_backends(device)
-    for backend in wanted:
+    usable, absent = usable_backends(options.device)
+    for backend in options.backends:
         if backend not in dispatch.BACKENDS:
             raise UserError(f"there is no backend {backend!r}; the backends are {', '.join(dispatch.BACKENDS)}")
         if backend in absent:
             raise UserError(f"backend {backend!r} cannot be timed here: {absent[backend]}")
-    return (list(dict.fromkeys(wanted)), {}) if wanted else (usable, absent)
+    if options.backends:
+        usable, absent = list(dict.fromkeys(options.backends)), {}
+    return usable, absent if options.nanogpt else {**absent, NANOGPT: _NO_CHECKOUT}
 
 
 def peers(backends: Sequence[str], nanogpt: Path | None, device: torch.device) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,7 @@ from fastgpt.config import UserError
 from fastgpt.files import write_atomically
 
 _PAGE = Path(__file__).with_name("page.html")
+_TITLE = "fastgpt benchmarks"
 
 _KINDS = {
     "kernels": "Kernels",
@@ -66,6 +68,8 @@ class Cell(NamedTuple):
 def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
     """Write the page of these result files to ``out``, and its pictures into a folder beside it.
 
+    Pictures of the page that was there before, and of no other, are removed where this one has none of their name.
+
     Returns:
         What was written, the page first.
     Raises:
@@ -76,10 +80,20 @@ def write_report(paths: Sequence[Path], out: Path) -> list[Path]:
     page, pictures = render([result.load(path) for path in paths])
     folder = out.with_name(f"{out.stem}_figures")
     files = {folder / f"{picture.name}.png": picture.png for picture in pictures}
+    former = [folder / f"{name}.png" for name in _pictures_of(out)]
     for path, png in files.items():
         write_atomically(path, png)
     write_atomically(out, page.encode())
+    for path in former:
+        if path not in files:
+            path.unlink(missing_ok=True)
     return [out, *files]
+
+
+def _pictures_of(page: Path) -> list[str]:
+    """The names of the pictures in a page of ours; none where there is no such page."""
+    text = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
+    return re.findall(r'<figure id="([\w.-]+)">', text) if f"<title>{_TITLE}</title>" in text else []
 
 
 def render(files: Sequence[dict[str, Any]]) -> tuple[str, list[Picture]]:
@@ -191,7 +205,7 @@ class _Page:
             for i, (title, content) in enumerate(self._sections)
         )
         template = string.Template(_PAGE.read_text(encoding="utf-8"))
-        return template.substitute(title="fastgpt benchmarks", body=f"<p>{_HOW_TO_READ}</p><nav>{links}</nav>\n{body}")
+        return template.substitute(title=_TITLE, body=f"<p>{_HOW_TO_READ}</p><nav>{links}</nav>\n{body}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +363,7 @@ def _scaling(page: _Page, data: dict[str, Any]) -> str:
         )
     headings = (
         "competitor", "task", "parameters", "tokens/s", "beside the best peer", "ms a step", "least", "most", "forward",
-        "backward", "optimizer", "data", "peak memory", "MFU of peak", "MFU of measured",
+        "backward", "optimizer", "data", "peak memory", "FLOPs a token", "MFU of peak", "MFU of measured",
     )  # fmt: skip
     return (
         _left_out(data)
@@ -401,6 +415,7 @@ def _scaling_line(row: dict[str, Any]) -> tuple[Cell, ...]:
             for part in ("forward", "backward", "optimizer", "data")
         ),
         Cell(quantity(row["peak_memory_bytes"], "B"), row["peak_memory_bytes"]),
+        Cell(quantity(row["flops_per_token"], ""), row["flops_per_token"]),
         Cell("") if mfu is None else Cell(percent(mfu), mfu),
         Cell(percent(row["mfu"]["of_measured"]), row["mfu"]["of_measured"]),
     )

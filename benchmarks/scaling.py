@@ -46,11 +46,12 @@ from fastgpt.benchmarks.harness import (
     matmul_rate,
     print_table,
     ratios,
+    timer_for,
 )
 from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.models import LADDER, Competitor, Mode, step
 from fastgpt.benchmarks.result import Result, spread
-from fastgpt.benchmarks.session import MEMORY_ENDS, Outcome
+from fastgpt.benchmarks.session import MEMORY_ENDS, Outcome, Plan
 from fastgpt.config import GPTConfig, TrainConfig, UserError
 from fastgpt.data import Batches
 from fastgpt.placement import DTYPES
@@ -74,36 +75,26 @@ DEFAULT_BATCH_SIZES = {"cpu": [1, 4, 12, 24], "cuda": [1, 4, 16, 32]}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What the command line says; an empty list takes the defaults of the device.
+class Options(models.Options):
+    """What the command line says: see ``models.Options``.
 
     Args:
-        models: rungs of ``LADDER``.
         sweep: the rung whose length of sequences and batch are varied; "" is the device's default.
         block_sizes, batch_sizes: that it is measured with; [0] varies nothing.
         tokens: of a batch, about, where the batch is not what is varied; 0 is the device's default.
-        nanogpt: a checkout.
     Raises:
         UserError: a name that is not there, or a number out of its range.
     """
 
-    device: torch.device
-    models: list[str] = dataclasses.field(default_factory=list)
-    backends: list[str] = dataclasses.field(default_factory=list)
     modes: list[str] = dataclasses.field(default_factory=list)
-    dtypes: list[str] = dataclasses.field(default_factory=list)
     sweep: str = ""
     block_sizes: list[int] = dataclasses.field(default_factory=list)
-    batch_sizes: list[int] = dataclasses.field(default_factory=list)
     tokens: int = 0
     dropout: float = 0.0
-    rounds: int = 15
-    nanogpt: Path | None = None
 
     def __post_init__(self) -> None:
         kind = self.device.type
-        session.fill_in(
-            self,
+        self.fill_in(
             models=list(LADDER),
             modes=list(MODES),
             dtypes=DEFAULT_DTYPES[kind],
@@ -112,20 +103,16 @@ class Options:
             batch_sizes=DEFAULT_BATCH_SIZES[kind],
             tokens=DEFAULT_TOKENS[kind],
         )
-        session.require_known("model", [*self.models, self.sweep], LADDER)
-        session.require_known("mode", self.modes, MODES)
-        session.require_known("dtype", self.dtypes, DTYPES)
+        models.require_known("model", [*self.models, self.sweep], LADDER)
+        models.require_known("mode", self.modes, MODES)
+        models.require_known("dtype", self.dtypes, DTYPES)
         for name, sizes in (("block-size", self.block_sizes), ("batch-size", self.batch_sizes)):
             if sizes != [0]:
-                session.require_at_least(name, min(sizes), 1)
-        session.require_at_least("tokens", self.tokens, 1)
-        session.require_at_least("rounds", self.rounds, FEWEST_ROUNDS)
+                models.require_at_least(name, min(sizes), 1)
+        models.require_at_least("tokens", self.tokens, 1)
+        models.require_at_least("rounds", self.rounds, FEWEST_ROUNDS)
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be in [0, 1), got {self.dropout:g}")
-
-    def settings(self) -> dict[str, Any]:
-        """What a file says of them, and what must be the same where one is resumed."""
-        return session.settings_of(self)
 
 
 class Entrant(NamedTuple):
@@ -196,30 +183,23 @@ def sweeps(options: Options, names: Sequence[str]) -> dict[str, list[Case]]:
     }
 
 
-def scale(
-    options: Options,
-    *,
-    out: Path | None = None,
-    resume: Path | None = None,
-    limit_s: float | None = None,
-    commit: str | None = None,
-) -> Result:
-    """The command. See ``session.start`` and ``session.run`` for the arguments and for what is returned."""
-    backends, absent = models.choose_backends(options.backends, options.device)
+def scale(options: Options, plan: Plan) -> Result:
+    """The command. See ``session.run`` for what is returned."""
+    backends, absent = models.choose_backends(options)
     names = [*backends, *models.peers(backends, options.nanogpt, options.device)]
     # Where memory does not do for all, it is the last that are left out.
     found = sweeps(options, sorted(names, key=UNFUSED.__contains__))
-    result = session.start("scaling", options, out=out, resume=resume, commit=commit)
-    cases = list(dict.fromkeys(itertools.chain(*found.values())))
     return session.run(
-        result,
-        cases,
+        "scaling",
+        options,
+        plan,
+        list(dict.fromkeys(itertools.chain(*found.values()))),
         Training(options).measure,
-        options.device,
+        timer_for(options.device),
         absent,
-        limit_s=limit_s,
-        summarize=lambda rows: {"growth": growth(found, rows)},
         show=show,
+        summarize=lambda rows: {"growth": growth(found, rows)},
+        nanogpt=options.nanogpt,
     )
 
 

@@ -1,10 +1,10 @@
-"""A run of whole models: one case after another, between two measurements of the ceilings, each written as it comes."""
+"""A run: one case after another, between two measurements of the ceilings, each written as it comes."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,51 +15,52 @@ from fastgpt import dispatch
 from fastgpt.benchmarks.harness import (
     RESERVE_S,
     Ceilings,
+    Timer,
     clean_up,
     drifted,
     first_line,
     measure_ceilings,
     progress_bar,
-    timer_for,
 )
 from fastgpt.benchmarks.machine import OtherWork
-from fastgpt.benchmarks.models import NANOGPT
 from fastgpt.benchmarks.result import Result, describe, result_path
 from fastgpt.config import UserError
 
 MEMORY_ENDS = "memory ends here"  # how such a reason begins; it is no fault
-_NO_CHECKOUT = "no checkout of it was named (--vs nanogpt=PATH)"
 
 
-def fill_in(options: Any, **defaults: Any) -> None:
-    """Give the fields of a frozen dataclass that are empty or zero their defaults."""
-    for name, default in defaults.items():
-        object.__setattr__(options, name, getattr(options, name) or default)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where a run's file goes, and how long it may take.
 
-
-def settings_of(options: Any) -> dict[str, Any]:
-    """The "settings" of a file: the options, without what the file says elsewhere or nobody else's disk has."""
-    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    return {**fields, "device": options.device.type, "nanogpt": options.nanogpt is not None}
-
-
-def require_known(what: str, values: Sequence[str], known: Iterable[str]) -> None:
-    """
+    Args:
+        out: a new file; None gives it a name in ``folder``, and None there means benchmarks/results.
+        resume: the file to go on with instead.
+        limit_s: seconds after which no further case begins; None sets no limit.
+        commit: where git cannot tell.
     Raises:
-        UserError: one of the values is not known.
+        UserError: both files are named.
     """
-    for value in values:
-        if value not in known:
-            raise UserError(f"there is no {what} {value!r} to measure; there are {', '.join(known)}")
+
+    out: Path | None = None
+    folder: Path | None = None
+    resume: Path | None = None
+    limit_s: float | None = None
+    commit: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.out and self.resume:
+            raise UserError("--resume goes on in its own file: leave out --out")
 
 
-def require_at_least(what: str, value: int, least: int) -> None:
-    """
-    Raises:
-        UserError: the value is less.
-    """
-    if value < least:
-        raise UserError(f"--{what} must be at least {least}, got {value}")
+class Options(Protocol):
+    """What was asked for."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def settings(self) -> dict[str, Any]:
+        """What a file says of it, and what must be the same where one is resumed."""
 
 
 class Case(Protocol):
@@ -79,58 +80,53 @@ class Outcome(NamedTuple):
     left_out: dict[str, str]
 
 
-def start(kind: str, options: Any, *, out: Path | None, resume: Path | None, commit: str | None) -> Result:
-    """The file of a run.
-
-    Args:
-        kind: of the file.
-        options: what was asked for; has ``device``, ``nanogpt`` and ``settings()``.
-        out: a new file; None gives it a name in benchmarks/results.
-        resume: the file to go on with instead.
-        commit: where git cannot tell.
-    Raises:
-        UserError: ``resume`` cannot be gone on with, or both files are named.
-    """
-    if out and resume:
-        raise UserError("--resume goes on in its own file: leave out --out")
-    about = describe(kind, options.device, options.settings(), commit=commit, nanogpt=options.nanogpt)
-    return Result(resume or out or result_path(about), about, resume=resume is not None)
-
-
 def run(
-    result: Result,
+    kind: str,
+    options: Options,
+    plan: Plan,
     cases: Sequence[Case],
     measure: Callable[[Any, Ceilings, OtherWork], Outcome],
-    device: torch.device,
+    timer: Timer,
     absent: dict[str, str],
     *,
-    limit_s: float | None = None,
-    summarize: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     show: Callable[[Any, Outcome], None],
+    excused: Callable[[Any, str, str], bool] = lambda case, name, reason: reason.startswith(MEMORY_ENDS),
+    summarize: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda rows: {},
+    nanogpt: Path | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
     """Measure the cases that the file has no rows of, and write each one's rows into it.
 
+    The file is valid where the ceilings stood still, and complete where each case came to its end: what is in a file
+    that is valid may be relied on, whether or not there was time for all.
+
     Args:
-        result: the file, new or resumed.
+        kind: of the file.
         cases: in this order.
         measure: called with a case, the ceilings, and what counts other programs' work, to enter while times are taken.
+        timer: of the ceilings.
         absent: competitors that are not here at all, and why.
-        limit_s: seconds after which no further case begins.
-        summarize: makes the file's "summary" from its rows; who was left out, and why, is added to it.
         show: prints a case's outcome.
-    Returns:
-        ``result``.
+        excused: called with a case and with why one of our backends has no row: False where that is a problem.
+        summarize: makes the file's "summary" from its rows; who was left out, and why, is added to it.
+        nanogpt: a checkout that takes part.
+    Raises:
+        UserError: the file to be resumed is one of something else.
     """
-    deadline = None if limit_s is None else clock() + limit_s - RESERVE_S
-    if result.data["versions"]["nanogpt"] is None:
-        absent = {**absent, NANOGPT: _NO_CHECKOUT}
-    timer = timer_for(device)
+    deadline = None if plan.limit_s is None else clock() + plan.limit_s - RESERVE_S
+    device = options.device
+    about = describe(kind, device, options.settings(), commit=plan.commit, nanogpt=nanogpt)
+    path = plan.resume or plan.out or result_path(about, plan.folder)
+    result = Result(path, about, resume=plan.resume is not None)
+    result.update(absent=absent)
+    print(f"Each case goes into {path}; --resume goes on with it.")
+    for name, reason in absent.items():
+        print(f"{name} takes no part: {reason}")
     before = result.data["ceilings"]["before"] or measure_ceilings(device, timer)
-    result.update(ceilings={"before": before, "after": None}, absent=absent)
-    others, left_out, missed = OtherWork(), {}, []
+    result.update(ceilings={"before": before, "after": None})
+    others, left_out, failed, missed = OtherWork(), {}, False, []
     with progress_bar() as bar, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        task = bar.add_task(result.data["kind"], total=len(cases))
+        task = bar.add_task(kind, total=len(cases))
         for case in cases:
             bar.update(task, description=case.name)
             found = [row for row in result.rows if all(row[name] == value for name, value in case.key().items())]
@@ -140,42 +136,58 @@ def run(
                 missed.append(case.name)
                 continue
             else:
-                outcome = measure(case, before, others)
+                try:
+                    outcome = measure(case, before, others)
+                except Exception as error:  # the other cases' figures are wanted all the same
+                    outcome, failed = Outcome([], {}), True
+                    result.update(problems=[f"{case.name}: {first_line(error)}"])
                 left_out[case.name] = outcome.left_out
-                show(case, outcome)
                 result.update(rows=[{**row, "left_out": outcome.left_out} for row in outcome.rows])
-                clean_up(device)
-            result.update(problems=problems_of(case.name, left_out[case.name]))
+                show(case, outcome)
+            result.update(problems=problems_of(case, left_out[case.name], excused))
             bar.advance(task)
-    summary = {"left_out": {name: reasons for name, reasons in left_out.items() if reasons}}
-    if summarize is not None:
-        summary |= summarize(result.rows)
+            try:
+                clean_up(device)
+            except RuntimeError as error:  # a process cannot recover from it
+                result.update(problems=[f"{case.name} left the GPU in error, and the run ends: {first_line(error)}"])
+                return result
     after = measure_ceilings(device, timer)
-    problems = drifted(before, after, device)
+    drift = drifted(before, after, device)
     result.update(
-        problems=[*problems, *(f"the time did not do for {name}" for name in missed)],
+        problems=[*drift, *([f"the time did not do for {'; '.join(missed)}"] if missed else [])],
         ceilings={"before": before, "after": after},
-        complete=not missed,
-        valid=not missed and not problems,
-        summary=summary,
+        complete=not missed and not failed,
+        valid=not drift,
+        summary={
+            "left_out": {name: reasons for name, reasons in left_out.items() if reasons},
+            **summarize(result.rows),
+        },
         others_cores=others.cores,
     )
     print(others)
     return result
 
 
-def problems_of(case: str, left_out: dict[str, str]) -> list[str]:
-    """A sentence for each of our backends that was to be timed, and could not be, memory aside."""
+def problems_of(case: Case, left_out: dict[str, str], excused: Callable[[Any, str, str], bool]) -> list[str]:
+    """A sentence for each of our backends that was to be timed in the case, and could not be."""
     return [
-        f"{case}: {name}: {reason}"
+        f"{case.name}: {name}: {reason}"
         for name, reason in left_out.items()
-        if name.partition(",")[0] in dispatch.BACKENDS and not reason.startswith(MEMORY_ENDS)
+        if name.partition(",")[0] in dispatch.BACKENDS and not excused(case, name, reason)
     ]
 
 
 def show_left_out(case: Case, outcome: Outcome) -> None:
     for name, reason in outcome.left_out.items():
         print(f"  {case.name}: {name} left out: {reason}", flush=True)
+
+
+def say_how_it_ended(file: Result) -> int:
+    """Print the problems and where the file is; the exit code: 0 where the run is valid and has no problems."""
+    for problem in file.data["problems"]:
+        print(problem)
+    print(f"{'valid' if file.data['valid'] else 'not valid'}: {file.path}")
+    return 0 if file.data["valid"] and not file.data["problems"] else 1
 
 
 def reason_of(error: Exception) -> str:

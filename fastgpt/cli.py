@@ -391,6 +391,7 @@ _OutOption = Annotated[
 _ResumeOption = Annotated[
     Path | None, typer.Option("--resume", metavar="FILE", help="go on with a run that was cut short")
 ]
+_MarksOption = Annotated[bool, typer.Option("--marks", help="say which marks are met, and which are not")]
 _LimitOption = Annotated[
     float | None, typer.Option("--limit", min=0, metavar="SECONDS", help="begin nothing more after that time")
 ]
@@ -413,7 +414,7 @@ def bench_kernels(
     rounds: Annotated[int, typer.Option(help="samples of each competitor at most")] = 30,
     seconds: Annotated[float | None, typer.Option(help="for the rounds of a case; default: by the size")] = None,
     limit: _LimitOption = None,
-    marks: Annotated[bool, typer.Option("--marks", help="hold the kernels to their marks")] = False,
+    marks: _MarksOption = False,
     out: _OutOption = None,
     resume: _ResumeOption = None,
     device: _DeviceOption = "auto",
@@ -422,16 +423,16 @@ def bench_kernels(
 
     Nothing is timed whose result is wrong. Exit code 1: one of ours was wrong, or the machine did not stand still.
     """
-    from fastgpt.benchmarks import kernels  # as each command here: the others need not load it
-    from fastgpt.benchmarks.marks import print_verdicts, verdicts
+    from fastgpt.benchmarks import kernels, session  # as each command here: the others need not load it
+    from fastgpt.benchmarks.marks import print_verdicts
 
     options = kernels.Options(
         pick_device(device), size, tuple(dtype or ()) or None, tuple(only or ()), tuple(without or ()), rounds, seconds
     )
-    file = kernels.measure(options, out=out, resume=resume, limit_s=limit)
+    file = kernels.measure(options, session.Plan(out=out, resume=resume, limit_s=limit))
     if marks:
-        print_verdicts(verdicts(file.data))
-    raise typer.Exit(kernels.say_how_it_ended(file))
+        print_verdicts(file.data)
+    raise typer.Exit(session.say_how_it_ended(file))
 
 
 _VsOption = Annotated[
@@ -460,6 +461,7 @@ def bench_scaling(
     rounds: Annotated[int, typer.Option(help="samples of each competitor at most")] = 15,
     vs: _VsOption = None,
     limit: _LimitOption = None,
+    marks: _MarksOption = False,
     out: _OutOption = None,
     resume: _ResumeOption = None,
     device: _DeviceOption = "auto",
@@ -471,7 +473,8 @@ def bench_scaling(
     and gpt2-xl (1558M), as far as memory reaches. Exit code 1: one of ours was wrong, or the machine did not stand
     still.
     """
-    from fastgpt.benchmarks import kernels, models, scaling
+    from fastgpt.benchmarks import models, scaling, session
+    from fastgpt.benchmarks.marks import print_verdicts
 
     options = scaling.Options(
         pick_device(device),
@@ -487,8 +490,10 @@ def bench_scaling(
         rounds=rounds,
         nanogpt=models.parse_vs(vs),
     )
-    file = scaling.scale(options, out=out, resume=resume, limit_s=limit)
-    raise typer.Exit(kernels.say_how_it_ended(file))
+    file = scaling.scale(options, session.Plan(out=out, resume=resume, limit_s=limit))
+    if marks:
+        print_verdicts(file.data)
+    raise typer.Exit(session.say_how_it_ended(file))
 
 
 @bench.command("generate")
@@ -511,7 +516,7 @@ def bench_generate(
     The models are those of `fastgpt bench scaling`. Exit code 1: one of ours was wrong, or the machine did not stand
     still.
     """
-    from fastgpt.benchmarks import generation, kernels, models
+    from fastgpt.benchmarks import generation, models, session
 
     options = generation.Options(
         pick_device(device),
@@ -524,8 +529,8 @@ def bench_generate(
         rounds=rounds,
         nanogpt=models.parse_vs(vs),
     )
-    file = generation.run(options, out=out, resume=resume, limit_s=limit)
-    raise typer.Exit(kernels.say_how_it_ended(file))
+    file = generation.run(options, session.Plan(out=out, resume=resume, limit_s=limit))
+    raise typer.Exit(session.say_how_it_ended(file))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

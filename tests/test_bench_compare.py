@@ -68,8 +68,9 @@ def measured(**ours):
         build = functools.partial(lambda seconds, device: Sleepers(seconds, 0.02), seconds)
         case = Case(op, op, {"M": 1}, "fp32", {"forward": Work(1000)}, build)
         cpu = torch.device("cpu")
-        times = {"timer": timer_for(cpu, 0.0), "rounds": 9, "seconds": 5.0, "others": others}
-        rows += run_case(case, device=cpu, ceilings=samples.CEILINGS, absent={}, **times)
+        times = {"timer": timer_for(cpu, 0.0), "rounds": 9, "seconds": 5.0}
+        outcome = run_case(case, samples.CEILINGS, others, device=cpu, absent={}, **times)
+        rows += [{**row, "left_out": outcome.left_out} for row in outcome.rows]
     return samples.about("kernels", results=rows)
 
 
@@ -128,6 +129,24 @@ def test_a_kernel_that_became_wrong_is_reported_with_its_error():
     assert slower(comparison) == {("gelu", "cpp")}
     assert {change.verdict for change in comparison.regressions} == {REFUSED}
     assert "its relative error is 0.3" in comparison.regressions[0].in_words()
+
+
+def test_a_training_step_that_became_wrong_is_reported_with_its_error():
+    """All dtypes of a case take turns together, so that who is left out has the dtype in the name."""
+    new = samples.scaling(2)
+    new["results"] = [row for row in new["results"] if (row["competitor"], row["mode"]) != ("cpp", "eager")]
+    for row in new["results"]:
+        row["left_out"] = {"cpp, eager, bf16": "wrong: at step 1", "torch, eager, fp32": "wrong: another dtype's"}
+    comparison = compare(samples.scaling(1), new)
+    assert {(change.competitor, change.verdict) for change in comparison.regressions} == {("cpp, eager", REFUSED)}
+
+
+@pytest.mark.parametrize(("slowed", "agree"), [(1.0, 96), (1.2, 92)])
+def test_it_is_said_how_many_ratios_to_peers_agree(slowed, agree):
+    """In 4 of 96 times gelu's is another."""
+    new = samples.kernels(2, noise=0.01, slowed={("gelu", "cpp"): slowed}, drift=1.3)
+    sentences = compare(samples.kernels(1, noise=0.01), new).sentences()
+    assert f"Beside their peers {agree} of 96 agree within 10%." in sentences
 
 
 def test_too_few_samples_are_said_to_be_too_few():

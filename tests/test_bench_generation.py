@@ -16,6 +16,7 @@ from fastgpt.benchmarks.generation import Options
 from fastgpt.benchmarks.harness import Sample
 from fastgpt.benchmarks.models import LADDER
 from fastgpt.benchmarks.plain import PlainGPT
+from fastgpt.benchmarks.session import Plan
 from fastgpt.config import TrainConfig, UserError
 
 CPU = torch.device("cpu")
@@ -34,7 +35,6 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "CASE_SECONDS", 0.0)
     monkeypatch.setattr(generation, "timer_for", lambda _: lambda contestant, stall_ms: timed(contestant))
     monkeypatch.setattr(session, "measure_ceilings", lambda *_: CEILINGS)
-    monkeypatch.setattr(session, "timer_for", lambda _: None)
 
 
 def timed(contestant: Any) -> Sample:
@@ -79,7 +79,7 @@ def test_a_wrong_kernel_is_refused_and_never_timed(tmp_path, nanogpt, monkeypatc
         return y.flip(-1), stream
 
     monkeypatch.setattr(ops, "add_layer_norm", wrong)
-    file = generation.run(options(nanogpt=nanogpt), out=tmp_path / "run.json")
+    file = generation.run(options(nanogpt=nanogpt), Plan(out=tmp_path / "run.json"))
     (problem,) = file.data["problems"]
     assert problem.startswith("tiny, 2 x 3 + 5 tokens, fp32: torch: wrong: it took a token whose logit is ")
     assert [row["competitor"] for row in file.rows] == ["nanoGPT"]
@@ -109,11 +109,11 @@ def test_only_the_most_probable_tokens_are_right():
 def test_a_run_is_resumed(tmp_path):
     given = options(batch_sizes=[1, 2])
     path = tmp_path / "run.json"
-    whole = generation.run(given, out=path)
+    whole = generation.run(given, Plan(out=path))
     before = json.loads(path.read_text())
     del before["results"][1]
     path.write_text(json.dumps(before))
-    file = generation.run(given, resume=path)
+    file = generation.run(given, Plan(resume=path))
     assert [row["batch_size"] for row in file.rows] == [1, 2]
     assert file.rows == whole.rows
 

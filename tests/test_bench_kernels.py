@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import sys
@@ -14,13 +13,13 @@ import pytest
 import torch
 
 from fastgpt import cli, dispatch
-from fastgpt.benchmarks import cases, kernels, marks, result
+from fastgpt.benchmarks import cases, kernels, marks, result, scaling, session
 from fastgpt.benchmarks.cases import BACKWARD, EAGER, FORWARD, STEP, Case, Work, WrongResult
 from fastgpt.benchmarks.harness import Contestant, Sample
 from fastgpt.benchmarks.kernels import Options
 from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.marks import Mark
-from fastgpt.benchmarks.result import Result
+from fastgpt.benchmarks.session import Outcome
 from fastgpt.config import UserError
 
 CPU = torch.device("cpu")
@@ -59,16 +58,9 @@ class FakeTimer:
         return Sample(self.ms[name], None)
 
 
-def run(case: Case, timer: FakeTimer, absent: dict[str, str] | None = None) -> list[dict[str, Any]]:
+def run(case: Case, timer: FakeTimer, absent: dict[str, str] | None = None) -> Outcome:
     return kernels.run_case(
-        case,
-        device=CPU,
-        timer=timer,
-        rounds=7,
-        seconds=1.0,
-        ceilings=CEILINGS,
-        absent=absent or {},
-        others=OtherWork(),
+        case, CEILINGS, OtherWork(), device=CPU, timer=timer, rounds=7, seconds=1.0, absent=absent or {}
     )
 
 
@@ -91,7 +83,7 @@ def test_only_who_is_right_is_timed() -> None:
     }
     timer = FakeTimer({"torch": 2.0, EAGER: 3.0})
     dispatch_reason = dispatch.reason_against("softmax", "triton", "cpu", torch.float32)
-    rows = run(fake_case(checks), timer, {cases.LIGER: "not here"})
+    rows, left_out = run(fake_case(checks), timer, {cases.LIGER: "not here"})
     assert set(timer.timed) == {"torch", EAGER}
     assert [row["part"] for row in rows] == [FORWARD, BACKWARD]
     for row, floor in zip(rows, (1.0, 2.0), strict=True):
@@ -103,16 +95,17 @@ def test_only_who_is_right_is_timed() -> None:
         assert torchs["flops_per_s"] == pytest.approx(row["flops"] / 2e-3)
         assert (torchs["relative_error"], torchs["ours"], torchs["samples_ms"]) == (0.01, True, [2.0] * 7)
         assert row["ratios"] == {"torch": {EAGER: {"median": 1.5, "min": 1.5, "max": 1.5}}}
-        assert row["left_out"][cases.COMPILED] == "wrong: its relative error is 0.5, allowed is 0.1"
-        assert row["left_out"]["reference"] == "RuntimeError: no such kernel"
-        stand_in = "it runs in Triton's interpreter, whose time says nothing of the kernel's"
-        assert row["left_out"]["triton"] == (dispatch_reason or stand_in)
-        assert cases.LIGER not in row["left_out"]
+    stand_in = "it runs in Triton's interpreter, whose time says nothing of the kernel's"
+    assert left_out == {
+        "reference": "RuntimeError: no such kernel",
+        "triton": dispatch_reason or stand_in,
+        cases.COMPILED: "wrong: its relative error is 0.5, allowed is 0.1",
+    }
 
 
 def test_a_case_where_all_are_wrong_times_nothing() -> None:
-    row, _ = run(fake_case({"torch": is_wrong}), FakeTimer({}))
-    assert (row["competitors"], row["ratios"]) == ({}, {})
+    (row, _), left_out = run(fake_case({"torch": is_wrong}), FakeTimer({}))
+    assert (row["competitors"], row["ratios"], list(left_out)) == ({}, {}, ["torch"])
 
 
 def test_what_runs_in_an_emulator_is_not_timed(own_table: Any) -> None:
@@ -126,120 +119,6 @@ def test_what_runs_in_an_emulator_is_not_timed(own_table: Any) -> None:
     assert absent["triton"] == "because of this test"
     assert absent[cases.COMPILED] == "left out by --without"
     assert "torch" not in absent
-
-
-# The run
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Result:
-    return Result(tmp_path / "new" / "file.json", result.describe("kernels", CPU, {}))
-
-
-def written(file: Result) -> dict[str, Any]:
-    data = result.load(file.path)
-    assert result.violations(data) == []
-    return data
-
-
-def some_rows(case: Case, **left_out: str) -> list[dict[str, Any]]:
-    rows = run(case, FakeTimer({}))
-    return [{**row, "left_out": left_out} for row in rows]
-
-
-def bench(
-    file: Result,
-    run: Callable[..., Any],
-    *,
-    after: dict[str, Any] = CEILINGS,
-    clock: Callable[[], float] = lambda: 0.0,
-    clean_up: Callable[[], None] = lambda: None,
-) -> None:
-    measured = iter([CEILINGS, after])
-    if file.data["ceilings"]["before"]:
-        next(measured)
-    todo = [fake_case({}, "a case"), fake_case({}, "another")]
-    kernels.bench(file, todo, run, lambda: next(measured), clean_up, CPU, 100.0, clock)
-
-
-def labels(data: dict[str, Any]) -> list[str]:
-    return [row["case"].partition(",")[0] for row in data["results"]]
-
-
-@pytest.mark.parametrize(("factor", "problems"), [(1.1, []), (0.8, ["the ceiling of a copy changed by -20.0%"])])
-def test_a_run_whose_ceilings_drift_is_not_valid(file: Result, factor: float, problems: list[str]) -> None:
-    after = {**CEILINGS, "copy_bytes_per_s": CEILINGS["copy_bytes_per_s"] * factor}
-    bench(file, lambda case, ceilings: some_rows(case), after=after)
-    data = written(file)
-    assert data["valid"] is (not problems)
-    assert data["complete"] is True
-    assert [problem.partition(" during")[0] for problem in data["problems"]] == problems
-    assert data["ceilings"] == {"before": CEILINGS, "after": after}
-    assert labels(data) == ["a case", "a case", "another", "another"]
-
-
-def test_a_gpu_in_error_ends_the_run(file: Result) -> None:
-    def clean_up() -> None:
-        raise RuntimeError("an illegal memory access was encountered")
-
-    bench(file, lambda case, ceilings: some_rows(case), clean_up=clean_up)
-    data = written(file)
-    assert labels(data) == ["a case", "a case"]
-    (problem,) = data["problems"]
-    assert problem.startswith("a case, M=3, fp32 left the GPU in error, and the run ends: RuntimeError: an illegal")
-    assert (data["valid"], data["complete"]) == (False, False)
-
-
-def test_rows_are_written_as_they_come(file: Result) -> None:
-    seen = []
-
-    def run(case: Case, ceilings: Any) -> list[dict[str, Any]]:
-        data = written(file)
-        seen.append((len(data["results"]), data["valid"], data["complete"], data["ceilings"]["before"] == CEILINGS))
-        return some_rows(case)
-
-    bench(file, run)
-    assert seen == [(0, False, False, True), (2, False, False, True)]
-
-
-def test_what_ours_get_wrong_and_what_fails_are_problems(file: Result) -> None:
-    def run(case: Case, ceilings: Any) -> list[dict[str, Any]]:
-        if case.label == "a case":
-            raise RuntimeError("out of memory\nin detail")
-        return some_rows(case, torch="wrong: so much", Liger="wrong: not ours")
-
-    bench(file, run)
-    data = written(file)
-    assert data["problems"] == [
-        "a case, M=3, fp32: RuntimeError: out of memory",
-        "another, M=3, fp32: torch: wrong: so much",
-    ]
-    assert (data["valid"], data["complete"]) == (True, False)
-    assert kernels.say_how_it_ended(file) == 1
-
-
-def test_what_cannot_run_here_is_no_problem(file: Result, own_table: Any) -> None:
-    dispatch.mark_absent("cuda", "because of this test")
-    bench(file, lambda case, ceilings: some_rows(case, cuda="because of this test"))
-    assert written(file)["problems"] == []
-    assert kernels.say_how_it_ended(file) == 0
-
-
-def test_what_the_time_does_not_do_for_is_named_and_done_when_the_run_is_resumed(file: Result) -> None:
-    now = itertools.chain([0.0, 50.0], itertools.repeat(99.0))
-    bench(file, lambda case, ceilings: some_rows(case, torch="wrong: so much"), clock=lambda: next(now))
-    data = written(file)
-    wrong = "a case, M=3, fp32: torch: wrong: so much"
-    assert data["problems"] == [wrong, "the time did not do for another, M=3, fp32"]
-    assert (labels(data), data["complete"]) == (["a case"] * 2, False)
-
-    again = Result(file.path, {**result.describe("kernels", CPU, {}), "date": "later"}, resume=True)
-    ran = []
-    bench(again, lambda case, ceilings: ran.append(case.label) or some_rows(case))
-    data = written(again)
-    assert ran == ["another"]
-    assert labels(data) == ["a case"] * 2 + ["another"] * 2
-    assert (data["problems"], data["complete"]) == ([wrong], True)
 
 
 # The marks
@@ -267,17 +146,55 @@ def test_marks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         "no such peer": Mark("softmax", 1.0, (cases.FUSED,)),
     }
     monkeypatch.setattr(marks, "MARKS", {"cpu": tuple(found.values())})
-    whole, ceiling, best = marks.verdicts({"machine": {"gpu": None}, "results": [forward, backward]})
-    assert (whole.value, whole.reached, whole.parts) == (2.0, True, "forward + backward"), "of 3, 2 and 2"
-    assert (ceiling.value, ceiling.reached, ceiling.peer) == (1.0, True, "")
-    assert (best.value, best.peer) == (2.0, EAGER)
-    marks.print_verdicts([whole, marks.Verdict("a case", STEP, "cpp", "", 0.5, 0.9)])
+    data = {"kind": "kernels", "machine": {"gpu": None}, "results": [forward, backward]}
+    whole, ceiling, best = marks.verdicts(data)
+    assert (whole.ratio, whole.met) == ({"median": 2.0, "min": 2.0, "max": 3.0}, True)
+    assert (ceiling.ratio, ceiling.met, ceiling.peer) == ({"median": 1.0, "min": 0.5, "max": 1.0}, True, "")
+    assert (best.ratio["median"], best.peer) == (2.0, EAGER)
+    forward["floor_ms"] = 0.5
+    marks.print_verdicts(data)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[1:] == [
-        "softmax, M=3 N=5, fp32, forward + backward cpp torch eager 2.00x 2.00x",
-        "a case, step cpp the ceiling 50% 90% falls short",
-        "1 of 2 marks reached",
+        "softmax, M=3 N=5, fp32, forward + backward cpp torch eager 2.00x (2.00x, 3.00x) 2.00x met",
+        "softmax, M=3 N=5, fp32, forward cpp the ceiling 50% (25%, 50%) 90% not met",
+        "softmax, M=3 N=5, fp32, backward cpp torch eager 2.00x (1.67x, 4.00x) 1.00x met",
+        "2 of 3 met; without a case in this run: 4",
     ]
+
+
+def steps(competitor: str, mode: str, dtype: str, ms: list[float], **case: Any) -> dict[str, Any]:
+    where = {"model": {"name": "shakespeare"}, "block_size": 256, "batch_size": 12, **case}
+    return {**where, "competitor": competitor, "mode": mode, "dtype": dtype, "samples_ms": ms}
+
+
+def test_marks_of_training_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """The fastest of our kernels, in whatever mode and dtype, beside the eager default and beside the best."""
+    modes = [(mode, dtype) for mode in ("eager", "compile") for dtype in ("fp32", "bf16")]
+    rows = [
+        steps("torch", "eager", "fp32", [1.0] * 3),
+        steps("cpp", "eager", "fp32", [9.0] * 3),
+        steps("cpp", "compile", "bf16", [5.0, 4.0, 6.0]),
+        steps("cpp", "compile", "bf16", [1.0] * 3, batch_size=4),
+        *(steps("nanoGPT", *how, [ms] * 3) for how, ms in zip(modes, (12.0, 8.0, 11.0, 5.5), strict=True)),
+        steps("plain", "eager", "fp32", [20.0] * 3),
+    ]
+    data = {"kind": "scaling", "machine": {"gpu": None}, "settings": {"dropout": 0.0}, "results": rows}
+    marks.print_verdicts(data)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    case = "shakespeare, 12 x 256 tokens, dropout 0 cpp, compile, bf16"
+    assert lines[1:] == [
+        f"{case} nanoGPT, eager, fp32 2.40x (2.00x, 3.00x) 2.20x met",
+        f"{case} nanoGPT, compile, bf16 1.10x (0.92x, 1.38x) 1.20x not met",
+        "1 of 2 met; without a case in this run: 1",
+    ]
+
+    def peers(**changes: Any) -> list[str]:
+        return [verdict.peer for verdict in marks.verdicts({**data, **changes})]
+
+    assert peers(settings={"dropout": 0.2}) == ["nanoGPT, eager, fp32"]
+    assert peers(results=rows[:-2]) == ["nanoGPT, eager, fp32"], "the best of some is not the best"
+    assert peers(results=[*rows[:4], rows[-1]]) == ["plain, eager, fp32"], "there was no checkout"
+    assert peers(results=rows[:1] + rows[4:]) == [], "no kernel of ours"
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
@@ -289,6 +206,11 @@ def test_every_mark_has_a_case(device_type: str) -> None:
     for mark in marks.MARKS[device_type]:
         assert {row["part"] for row in rows if mark.matches(row)} == set(mark.parts), mark
         assert set(mark.peers) <= set(cases.PEERS)
+    ladder = scaling.sweeps(scaling.Options(torch.device(device_type)), ["cpp"])[scaling.PARAMETERS]
+    for mark in marks.STEP_MARKS[device_type]:
+        assert (mark.model, mark.block_size, mark.batch_size) in [
+            (case.model, case.config.block_size, case.batch_size) for case in ladder
+        ]
 
 
 # The command line
@@ -307,7 +229,7 @@ SHORT = ("--size", "tiny", "--dtype", "fp32", "--without", "torch.compile", "--w
 
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "measure_ceilings", lambda device, timer: CEILINGS)
+    monkeypatch.setattr(session, "measure_ceilings", lambda *_: CEILINGS)
 
 
 @pytest.mark.usefixtures("steady")
@@ -340,7 +262,7 @@ def test_a_run_and_its_file(
         assert backend in data["absent"], "it is here in an interpreter or an emulator only"
         assert f"{backend} takes no part: {data['absent'][backend]}" in printed
     assert "gelu, M=16 N=16, fp32, forward" in printed
-    assert "marks reached" in printed
+    assert "met; without a case in this run: 1" in printed, "all but gelu's"
     assert f"valid: {path}" in printed
 
     assert command(monkeypatch, *SHORT, "--resume", str(path)) == 2
@@ -354,11 +276,11 @@ def test_a_run_that_is_interrupted_is_resumed(
     path, few = tmp_path / "file.json", ("--only", "gelu, M", "--only", "softmax, M")
     right, ran = kernels.run_case, []
 
-    def interrupted(case: Case, **arguments: Any) -> list[dict[str, Any]]:
+    def interrupted(case: Case, *args: Any, **arguments: Any) -> Outcome:
         ran.append(case.op)
         if ran == ["softmax", "gelu"]:
             raise KeyboardInterrupt
-        return right(case, **arguments)
+        return right(case, *args, **arguments)
 
     monkeypatch.setattr(kernels, "run_case", interrupted)
     assert command(monkeypatch, *SHORT, *few, "--out", str(path)) == 130

@@ -329,6 +329,24 @@ def test_the_command_writes_the_page_and_its_pictures(command, tmp_path):
     assert (tmp_path / "new" / "page_figures" / "gelu-1.png").exists()
 
 
+def test_pictures_of_the_page_before_do_not_stay(tmp_path):
+    page, folder = tmp_path / "page.html", tmp_path / "page_figures"
+    paths = [samples.save(tmp_path / f"{op}.json", few(samples.kernels(), op, rows=1)) for op in ("gelu", "layer_norm")]
+
+    def write(path):
+        return {picture.name for picture in write_report([path], page)[1:]}
+
+    first = write(paths[0])
+    for foreign in ("mine.png", "softmax-1.png"):
+        (folder / foreign).touch()
+    second = write(paths[1])
+    assert "gelu-1.png" in first - second
+    assert {path.name for path in folder.iterdir()} == second | {"mine.png", "softmax-1.png"}
+    page.write_text('<title>mine</title><figure id="softmax-1">')
+    write(paths[0])
+    assert {path.name for path in folder.iterdir()} == first | second | {"mine.png", "softmax-1.png"}
+
+
 def test_the_command_refuses_what_is_not_a_page(command, tmp_path):
     refused = command("bench", "report", tmp_path / "k.json", "--out", tmp_path / "page.pdf")
     assert refused == (2, "", f"fastgpt: --out: the page is HTML, so name it so: {tmp_path / 'page.html'}\n")

@@ -13,9 +13,10 @@ from nanogpt_stub import write_checkout
 
 from fastgpt import GPT, cli, dispatch, ops
 from fastgpt.benchmarks import devices, models, result, scaling, session
-from fastgpt.benchmarks.kernels import say_how_it_ended
+from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.models import LADDER, PLAIN, PLAIN_NAIVE
 from fastgpt.benchmarks.scaling import Entrant, Options
+from fastgpt.benchmarks.session import Plan, say_how_it_ended
 from fastgpt.config import PRESETS, GPTConfig, TrainConfig, UserError
 from fastgpt.placement import DTYPES
 
@@ -42,7 +43,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(scaling, "CASE_SECONDS", 0.0)
     monkeypatch.setattr(session, "measure_ceilings", lambda *_: CEILINGS)
-    monkeypatch.setattr(session, "timer_for", lambda _: None)
+    monkeypatch.setattr(scaling, "timer_for", lambda _: None)
 
 
 def options(**settings: Any) -> Options:
@@ -52,7 +53,7 @@ def options(**settings: Any) -> Options:
 def test_a_run_has_every_competitor_and_follows_the_schema(tmp_path, nanogpt, capsys):
     """Ladder and batch sizes; the models are known, and what a row says of each other's fields is so."""
     given = options(models=["tiny", "wider"], batch_sizes=[2, 4], backends=["torch", "reference"], nanogpt=nanogpt)
-    file = scaling.scale(given, out=tmp_path / "run.json", commit="abc")
+    file = scaling.scale(given, Plan(out=tmp_path / "run.json", commit="abc"))
     data = json.loads((tmp_path / "run.json").read_text())
     assert result.violations(data) == []
     assert (data["kind"], data["commit"], data["complete"], data["valid"]) == ("scaling", "abc", True, True)
@@ -96,7 +97,7 @@ def test_a_run_has_every_competitor_and_follows_the_schema(tmp_path, nanogpt, ca
 
 
 def test_what_is_not_there_is_named_with_its_reason(tmp_path):
-    absent = scaling.scale(options(), out=tmp_path / "run.json").data["absent"]
+    absent = scaling.scale(options(), Plan(out=tmp_path / "run.json")).data["absent"]
     assert "--vs" in absent["nanoGPT"]
     for backend in ("triton", "cuda"):
         assert backend in absent
@@ -126,7 +127,7 @@ def test_a_wrong_kernel_is_refused_and_never_timed(fault, tmp_path, monkeypatch)
         return interleave(contestants, *args)
 
     monkeypatch.setattr(scaling, "interleave", timed)
-    file = scaling.scale(options(backends=["torch"]), out=tmp_path / "run.json")
+    file = scaling.scale(options(backends=["torch"]), Plan(out=tmp_path / "run.json"))
     (problem,) = file.data["problems"]
     assert problem.startswith("tiny, 4 x 8 tokens: torch, eager, fp32: wrong: at step 1 ")
     assert [row["competitor"] for row in file.rows] == [PLAIN]
@@ -288,7 +289,7 @@ def test_the_ladder_ends_where_memory_does(failing, tmp_path, monkeypatch):
         require(self, config, *args, **settings)
 
     monkeypatch.setattr(scaling.Training, "_require_room", try_it)
-    file = scaling.scale(options(models=["tiny", "wider"], backends=["torch"]), out=tmp_path / "run.json")
+    file = scaling.scale(options(models=["tiny", "wider"], backends=["torch"]), Plan(out=tmp_path / "run.json"))
     assert file.rows == []
     assert say_how_it_ended(file) == 0
     assert set(tried) == {TINY["tiny"][0]}
@@ -306,9 +307,75 @@ def test_a_competitor_that_fails_leaves_the_others(tmp_path, monkeypatch):
         return build(name, *args, **settings)
 
     monkeypatch.setattr(models, "build_competitor", fail)
-    file = scaling.scale(options(backends=["torch"]), out=tmp_path / "run.json")
+    file = scaling.scale(options(backends=["torch"]), Plan(out=tmp_path / "run.json"))
     assert file.data["problems"] == ["tiny, 4 x 8 tokens: torch, eager, fp32: ValueError: no such thing"]
     assert [row["competitor"] for row in file.rows] == [PLAIN]
+
+
+def test_a_competitor_for_which_memory_ends_is_no_problem(tmp_path, monkeypatch):
+    build = models.build_competitor
+
+    def fail(name: str, *args: Any, **settings: Any) -> Any:
+        if name == "torch":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.\nmore")
+        return build(name, *args, **settings)
+
+    monkeypatch.setattr(models, "build_competitor", fail)
+    file = scaling.scale(options(models=["tiny", "wider"], backends=["torch"]), Plan(out=tmp_path / "run.json"))
+    assert say_how_it_ended(file) == 0
+    assert [(row["model"]["name"], row["competitor"]) for row in file.rows] == [("tiny", PLAIN), ("wider", PLAIN)]
+    reason = f"{session.MEMORY_ENDS}: OutOfMemoryError: CUDA out of memory. Tried to allocate 1 TiB."
+    assert file.rows[0]["left_out"] == {"torch, eager, fp32": reason}
+
+
+@pytest.fixture
+def parked(monkeypatch: pytest.MonkeyPatch) -> tuple[scaling.Training, list[tuple[str, str]]]:
+    """As on a GPU, but that all stays in the host's memory; and who was moved where."""
+    training, moves = scaling.Training(options(backends=["torch"])), []
+    training.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(models.Competitor, "move", lambda self, device: moves.append((self.name, device.type)))
+    return training, moves
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_who_is_not_in_turn_waits_in_the_hosts_memory(room, parked, monkeypatch):
+    """On a GPU that cannot hold all of them; where it can, each is brought there once."""
+    training, moves = parked
+    names = ("torch", PLAIN)
+    (case,) = scaling.sweeps(training.options, names)["parameters"]
+    weights = GPT(case.config).state_dict()
+    built = {who: models.build_competitor(who.name, case.config, case.train, weights, CPU) for who in case.who}
+    ready = {who: scaling.Ready(competitor, 1000, 500, 0.01) for who, competitor in built.items()}
+    free = (2000 + 500) / scaling.MEMORY_SHARE
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free + (1 if room else -1), 0))
+    rows = training._time(case, ready, models.random_batches(case.config, 2), CEILINGS, OtherWork())
+    assert [row["peak_memory_bytes"] for row in rows] == [1500, 1500]
+    if room:
+        assert moves == [(name, "cuda") for name in names]
+    else:
+        there = moves[::2]
+        assert moves == [move for name, _ in there for move in ((name, "cuda"), (name, "cpu"))]
+        assert {name: there.count((name, "cuda")) for name in names} == dict.fromkeys(names, len(there) // 2)
+
+
+def test_where_the_hosts_memory_is_full_the_last_are_left_out(parked, monkeypatch):
+    training, moves = parked
+    (case,) = scaling.sweeps(training.options, ["torch", PLAIN])["parameters"]
+    build, weights, batches = (
+        models.build_competitor,
+        GPT(case.config).state_dict(),
+        models.random_batches(case.config, 4),
+    )
+    monkeypatch.setattr(models, "build_competitor", lambda *args, **settings: build(*args[:4], CPU, **settings))
+    monkeypatch.setattr(scaling, "memory_rise", lambda call, device: 500)
+    truth = models.true_steps(case.config, case.train, weights, batches[0])
+    held = training._prepare(case.who[0], case, weights, truth, batches).held
+    assert moves == [("torch", "cpu")]
+    monkeypatch.setattr(scaling, "free_bytes", lambda: held)
+    with pytest.raises(scaling.Refused, match=f"^{session.MEMORY_ENDS}: .* in the host's memory"):
+        training._prepare(case.who[1], case, weights, truth, batches)
 
 
 # Interrupted and resumed
@@ -327,32 +394,32 @@ def test_a_run_that_was_cut_short_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling.Training, "measure", cut_short)
     path = tmp_path / "run.json"
     with pytest.raises(KeyboardInterrupt):
-        scaling.scale(given, out=path)
+        scaling.scale(given, Plan(out=path))
     before = json.loads(path.read_text())
     assert (before["complete"], before["valid"]) == (False, False)
     monkeypatch.setattr(scaling.Training, "measure", measure)
-    file = scaling.scale(given, resume=path)
+    file = scaling.scale(given, Plan(resume=path))
     assert file.rows[: len(before["results"])] == before["results"]
     assert [row["model"]["name"] for row in file.rows] == ["tiny", "tiny", "wider", "wider"]
     assert file.data["problems"] == ["tiny, 4 x 8 tokens: torch, compile, fp32: wrong: it is"]
     with pytest.raises(UserError, match="cannot be resumed: it is of another choice of settings"):
-        scaling.scale(options(models=["tiny"], backends=["torch"]), resume=path)
+        scaling.scale(options(models=["tiny"], backends=["torch"]), Plan(resume=path))
     with pytest.raises(UserError, match="--resume goes on in its own file: leave out --out"):
-        scaling.scale(given, resume=path, out=path)
+        scaling.scale(given, Plan(resume=path, out=path))
 
 
 def test_a_run_ends_in_time(tmp_path, monkeypatch):
     given = options(models=["tiny", "wider"], backends=["torch"])
-    file = scaling.scale(given, out=tmp_path / "run.json", limit_s=0.0)
+    file = scaling.scale(given, Plan(out=tmp_path / "run.json", limit_s=0.0))
     assert file.rows == []
-    assert (file.data["complete"], file.data["valid"]) == (False, False)
-    assert "the time did not do for wider, 4 x 8 tokens" in file.data["problems"]
+    assert (file.data["complete"], file.data["valid"]) == (False, True)
+    assert file.data["problems"] == ["the time did not do for tiny, 4 x 8 tokens; wider, 4 x 8 tokens"]
 
 
 def test_ceilings_that_moved_make_a_run_invalid(tmp_path, monkeypatch):
     found = iter((CEILINGS, {**CEILINGS, "copy_bytes_per_s": 2e10}))
     monkeypatch.setattr(session, "measure_ceilings", lambda *_: next(found))
-    file = scaling.scale(options(backends=["torch"]), out=tmp_path / "run.json")
+    file = scaling.scale(options(backends=["torch"]), Plan(out=tmp_path / "run.json"))
     assert (file.data["complete"], file.data["valid"]) == (True, False)
     assert "changed by +100.0%" in file.data["problems"][0]
 
@@ -376,10 +443,11 @@ def test_backends_that_are_emulated_are_not_timed(own_table):
     assert {"torch", "reference"} <= set(usable)
     assert {"triton", "cuda"} <= absent.keys()
     with pytest.raises(UserError, match="backend 'cuda' cannot be timed here: "):
-        models.choose_backends(["cuda"], CPU)
+        models.choose_backends(models.Options(CPU, backends=["cuda"]))
     with pytest.raises(UserError, match="there is no backend 'fast'"):
-        models.choose_backends(["fast"], CPU)
-    assert models.choose_backends(["torch", "torch"], CPU) == (["torch"], {})
+        models.choose_backends(models.Options(CPU, backends=["fast"]))
+    chosen, absent = models.choose_backends(models.Options(CPU, backends=["torch", "torch"]))
+    assert (chosen, absent.keys()) == (["torch"], {"nanoGPT"})
 
 
 @pytest.mark.parametrize(
@@ -445,7 +513,7 @@ def test_gradient_scaling_and_dropout_are_no_errors(dtype, dropout, nanogpt):
 def test_compiled_competitors_agree(tmp_path, nanogpt):
     """More of them than torch.compile keeps versions of one function by itself."""
     given = options(modes=["compile"], dtypes=["fp32", "bf16"], backends=["torch", "reference"], nanogpt=nanogpt)
-    file = scaling.scale(given, out=tmp_path / "run.json")
+    file = scaling.scale(given, Plan(out=tmp_path / "run.json"))
     assert file.data["problems"] == []
     names = ["torch", PLAIN, "nanoGPT", "reference", PLAIN_NAIVE]
     assert [(row["competitor"], row["mode"]) for row in file.rows] == [(name, "compile") for name in 2 * names]
@@ -516,13 +584,15 @@ def test_the_command(tmp_path, nanogpt, monkeypatch, capsys):
     path = tmp_path / "run.json"
     command = (
         "fastgpt bench scaling --model tiny --sweep tiny --block-size 0 --batch-size 0 --tokens 16 --backend torch "
-        f"--mode eager --dtype fp32 --dtype bf16 --vs nanogpt={nanogpt} --rounds 7 --device cpu --out {path}"
+        f"--mode eager --dtype fp32 --dtype bf16 --vs nanogpt={nanogpt} --rounds 7 --device cpu --marks --out {path}"
     )
     monkeypatch.setattr("sys.argv", command.split())
     with pytest.raises(SystemExit) as done:
         cli.main()
     assert done.value.code == 0
-    assert f"valid: {path}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 of 0 met; without a case in this run: 3" in printed
+    assert f"valid: {path}" in printed
     rows = json.loads(path.read_text())["results"]
     assert [(row["competitor"], row["dtype"]) for row in rows] == [
         (name, dtype) for dtype in ("fp32", "bf16") for name in ("torch", PLAIN, "nanoGPT")

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fastgpt import dispatch
-from fastgpt.benchmarks import gpu_check, kernels, result
+from fastgpt.benchmarks import generation, gpu_check, kernels, models, result, scaling
 from fastgpt.benchmarks.result import Result
+from fastgpt.benchmarks.session import Plan
 
 pytest_plugins = ["pytester"]
 
@@ -315,24 +316,59 @@ def test_a_sanitizer_that_hangs_is_ended(record: Result, tmp_path: Path) -> None
 # The bench stage
 
 
-def test_the_bench_stage_is_the_kernels_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-
-    def measure(options: kernels.Options, **arguments: Any) -> Result:
-        asked.update(arguments, options=options)
-        file = Result(tmp_path / "file.json", result.describe("kernels", torch.device("cpu"), {}))
-        file.update(problems=["one"], valid=True)
-        return file
-
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, Plan]]:
+    """What the bench stage asks of each of the benchmarks, which take 100 seconds by its clock and find a problem."""
+    found: dict[str, tuple[Any, Plan]] = {}
+    now = [1000.0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(models, "usable_backends", lambda device: (["reference", "torch", "cuda"], {}))
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
+    for kind, module, name in (
+        ("kernels", kernels, "measure"),
+        ("generate", generation, "run"),
+        ("scaling", scaling, "scale"),
+    ):
+
+        def measure(options: Any, plan: Plan, kind: str = kind) -> Result:
+            found[kind] = options, plan
+            now[0] += 100
+            file = Result(tmp_path / f"{kind}.json", result.describe(kind, torch.device("cpu"), {}))
+            file.update(problems=["one"] if kind == "generate" else [], valid=True)
+            return file
+
+        monkeypatch.setattr(module, name, measure)
+    return found
+
+
+def test_the_bench_stage_is_the_kernels_and_some_of_the_rest(
+    asked: dict[str, tuple[Any, Plan]], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        gpu_check.main(["--stage", "bench", "--only", "softmax", "--out", "here", "--commit", "abc"])
-    assert stop.value.code == 1, "there is a problem"
-    options = asked.pop("options")
-    assert options == kernels.Options(torch.device("cuda"), "full", ("bf16",), only=("softmax",), seconds=2.0)
-    assert asked == {"folder": Path("here"), "limit_s": gpu_check.LIMIT_S["bench"], "commit": "abc"}
+        gpu_check.main(["--stage", "bench", "--out", "here", "--commit", "abc", "--limit", "400"])
+    assert stop.value.code == 1, "there is a problem in one of them"
+    assert capsys.readouterr().out.count("\nvalid: ") == 2
+    gpu = torch.device("cuda")
+    models_of: dict[str, Any] = {"models": ["gpt2"], "backends": ["cuda", "torch"], "dtypes": ["bf16"], "rounds": 7}
+    assert {kind: options for kind, (options, _) in asked.items()} == {
+        "kernels": kernels.Options(gpu, "full", ("bf16",), seconds=2.0),
+        "generate": generation.Options(gpu, **models_of, contexts=[256], new_tokens=64),
+        "scaling": scaling.Options(gpu, **models_of, sweep="gpt2", block_sizes=[0], batch_sizes=[0]),
+    }
+    (case,) = {case for sweep in scaling.sweeps(asked["scaling"][0], ["cuda"]).values() for case in sweep}
+    assert (case.name, {who.mode for who in case.who}) == ("gpt2, 16 x 1024 tokens", {"eager", "compile"})
+    plans = {kind: plan for kind, (_, plan) in asked.items()}
+    left = {"kernels": 0.55 * 400, "generate": 0.25 * 300, "scaling": 200}
+    assert plans == {kind: Plan(folder=Path("here"), limit_s=left[kind], commit="abc") for kind in plans}
     assert gpu_check.LIMIT_S["bench"] < 480
+
+
+def test_the_bench_stage_of_some_kernels_is_that_alone(asked: dict[str, tuple[Any, Plan]]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.main(["--stage", "bench", "--only", "softmax"])
+    assert stop.value.code == 0
+    ((options, plan),) = asked.values()
+    assert (options.only, plan.limit_s) == (("softmax",), gpu_check.LIMIT_S["bench"])
 
 
 # The command line

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,58 @@ def test_a_cpu_sample_is_the_mean_of_the_calls_that_fit(monkeypatch: pytest.Monk
     states.clear()
     assert CpuTimer(0.0, 0)(Contestant(call, lambda: 7, in_a_row=3), 0.0).ms == pytest.approx(4.0)
     assert states == [7, 7, 7]
+
+
+class Gpu:
+    """In place of torch.cuda: each kernel that is launched takes its time once those before it have ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host_ms = self.busy_until_ms = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = max(gpu.host_ms, gpu.busy_until_ms)
+
+            def synchronize(self) -> None:
+                gpu.host_ms = max(gpu.host_ms, self.at)
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(cycles / 1e6, 0.0))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.launch(0.0, self.busy_until_ms - self.host_ms))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 20))
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: 1e-3 * self.host_ms)
+
+    def launch(self, ms: float, host_ms: float = 0.1) -> None:
+        self.host_ms += max(0.0, host_ms)
+        self.busy_until_ms = max(self.host_ms, self.busy_until_ms) + ms
+
+
+def test_a_gpu_sample_is_what_the_device_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three kernels of 0.02 ms, each of which takes the host 0.1 ms to launch: in the stall's shadow 0.06 ms."""
+    gpu = Gpu(monkeypatch)
+    timer = harness.CudaTimer(CPU)
+    assert timer.cycles_per_ms == pytest.approx(1e6)
+    assert timer.buffer.nbytes == 1 << 28
+    read = []
+    monkeypatch.setattr(timer, "buffer", SimpleNamespace(sum=lambda: read.append(gpu.launch(0.05))))
+
+    def call(_: None) -> None:
+        for _ in range(3):
+            gpu.launch(0.02)
+
+    contestant = Contestant(call, lambda: (gpu.launch(7.0), gpu.launch(0.0, host_ms=9.0)))
+    assert timer(contestant, 1.0) == (pytest.approx(0.06), pytest.approx(0.3))
+    assert len(read) == 1
+    assert timer(contestant, 0.0).ms > 0.06, "without a stall it may wait for the host"
+    in_a_row = timer(Contestant(call, in_a_row=4), 1.0)
+    assert in_a_row == (pytest.approx(0.3, abs=0.01), pytest.approx(0.3)), "the host's time is in it"
 
 
 def test_what_is_read_before_a_call_is_not_in_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
