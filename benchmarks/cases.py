@@ -29,6 +29,7 @@ from fastgpt.benchmarks.result import version_of
 from fastgpt.config import PRESETS
 from fastgpt.dispatch import BACKENDS
 from fastgpt.optim import AdamW
+from fastgpt.placement import DTYPES
 
 FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "forward and backward", "step"
 
@@ -47,7 +48,6 @@ PEERS = (EAGER, COMPILED, FUSED, FLEX, FLASH_ATTN, LIGER, *SDPA_BACKENDS)
 # is off by 0.07.
 LOOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DROPOUT = 0.2
 IN_A_ROW = 200
 

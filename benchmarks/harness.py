@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fastgpt.benchmarks.result import spread
+from fastgpt.placement import DTYPES
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -172,28 +173,28 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     return spread(their / our for our, their in zip(ours, theirs, strict=True))
 
 
-def measure_ceilings(device: torch.device, timer: Timer) -> Ceilings:
+def measure_ceilings(device: torch.device, timer: Timer, dtypes: Sequence[str]) -> Ceilings:
     """What a file keeps under "ceilings": bytes a second, read and written, of a copy, and FLOPs a second of a product
-    of square matrices, the second one transposed, in fp32, bf16 and on a GPU fp16.
+    of square matrices, the second one transposed, in fp32 and those of ``dtypes`` (names of ``DTYPES``).
 
     By the fastest sample, as STREAM has it (McCalpin, 1995): a ceiling is what the machine can do, and what others do
     on it for a moment only ever takes from that.
     """
     on_gpu = device.type == "cuda"
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, **({"fp16": torch.float16} if on_gpu else {})}
     source = torch.randn(1 << (28 if on_gpu else 25), device=device)  # 1 GiB, 128 MiB
     target = torch.empty_like(source)
-    sizes = {name: 8192 if on_gpu else _product_size(dtype) for name, dtype in dtypes.items()}
-    contestants = {name: _product(sizes[name], dtype, device) for name, dtype in dtypes.items()}
+    products = {name: dtype for name, dtype in DTYPES.items() if name in ("fp32", *dtypes)}
+    sizes = {name: 8192 if on_gpu else _product_size(dtype) for name, dtype in products.items()}
+    contestants = {name: _product(sizes[name], dtype, device) for name, dtype in products.items()}
     contestants["copy"] = Contestant(lambda _: target.copy_(source))
     # About a third of a second on a GPU, for the clocks to settle where this load lets them.
     for _ in range(200 if on_gpu else 1):
-        contestants["bf16"].call(None)
-    samples = interleave(contestants, timer, rounds=20, seconds=4.0)
+        contestants[next(reversed(products))].call(None)
+    samples = interleave(contestants, timer, rounds=40, seconds=6.0)
     least = {name: min(sample.ms for sample in of_one) for name, of_one in samples.items()}
     return {
         "copy_bytes_per_s": 1e3 * 2 * source.nbytes / least["copy"],
-        "matmul_flops_per_s": {name: 1e3 * 2 * sizes[name] ** 3 / least[name] for name in dtypes},
+        "matmul_flops_per_s": {name: 1e3 * 2 * sizes[name] ** 3 / least[name] for name in products},
     }
 
 

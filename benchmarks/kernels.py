@@ -32,6 +32,7 @@ from fastgpt.benchmarks.machine import OtherWork
 from fastgpt.benchmarks.result import Result, spread
 from fastgpt.benchmarks.session import Outcome, Plan
 from fastgpt.config import UserError
+from fastgpt.placement import DTYPES
 
 DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32", "fp16")}
 _SAMPLE_SECONDS = {"tiny": 0.0, "small": 0.005, "full": SAMPLE_SECONDS}
@@ -66,8 +67,8 @@ class Options:
         if self.rounds < FEWEST_ROUNDS:
             raise UserError(f"--rounds must be at least {FEWEST_ROUNDS}, got {self.rounds}")
         for name in self.dtypes or ():
-            if name not in cases.DTYPES:
-                raise UserError(f"--dtype: there is no {name!r}; they are {', '.join(cases.DTYPES)}")
+            if name not in DTYPES:
+                raise UserError(f"--dtype: there is no {name!r}; they are {', '.join(DTYPES)}")
         for name in self.without:
             if name not in (*dispatch.BACKENDS, *cases.PEERS):
                 known = ", ".join((*dispatch.BACKENDS, *cases.PEERS))
@@ -117,7 +118,7 @@ def measure(options: Options, plan: Plan) -> Result:
     )
 
     def excused(case: Case, name: str, reason: str) -> bool:
-        return reason == reason_not_to_time(case.op, name, options.device, cases.DTYPES[case.dtype])
+        return reason == reason_not_to_time(case.op, name, options.device, DTYPES[case.dtype])
 
     return session.run("kernels", options, plan, todo, run, timer, absent, show=show, excused=excused)
 
@@ -125,7 +126,7 @@ def measure(options: Options, plan: Plan) -> Result:
 def absent_competitors(options: Options) -> dict[str, str]:
     """Who takes part in no case, and why: peers that are not here, and backends that run no op or would be emulated."""
     absent = cases.absent_peers(options.device)
-    dtypes = [cases.DTYPES[name] for name in options.settings()["dtypes"]]
+    dtypes = [DTYPES[name] for name in options.settings()["dtypes"]]
     for backend in dispatch.BACKENDS:
         reasons = [reason_not_to_time(op, backend, options.device, dtype) for op in dispatch.OPS for dtype in dtypes]
         if all(reasons):
@@ -172,7 +173,7 @@ def run_case(
         if name in absent:
             continue
         if name in dispatch.BACKENDS:
-            reason = reason_not_to_time(case.op, name, device, cases.DTYPES[case.dtype])
+            reason = reason_not_to_time(case.op, name, device, DTYPES[case.dtype])
             if reason is not None:
                 left_out[name] = reason
                 continue

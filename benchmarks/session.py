@@ -60,7 +60,7 @@ class Options(Protocol):
     def device(self) -> torch.device: ...
 
     def settings(self) -> dict[str, Any]:
-        """What a file says of it, and what must be the same where one is resumed."""
+        """What a file says of it, its "dtypes" among it, and what must be the same where one is resumed."""
 
 
 class Case(Protocol):
@@ -122,7 +122,7 @@ def run(
     print(f"Each case goes into {path}; --resume goes on with it.")
     for name, reason in absent.items():
         print(f"{name} takes no part: {reason}")
-    before = result.data["ceilings"]["before"] or measure_ceilings(device, timer)
+    before = result.data["ceilings"]["before"] or measure_ceilings(device, timer, options.settings()["dtypes"])
     result.update(ceilings={"before": before, "after": None})
     others, left_out, failed, missed = OtherWork(), {}, False, []
     with progress_bar() as bar, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -151,7 +151,7 @@ def run(
             except RuntimeError as error:  # a process cannot recover from it
                 result.update(problems=[f"{case.name} left the GPU in error, and the run ends: {first_line(error)}"])
                 return result
-    after = measure_ceilings(device, timer)
+    after = measure_ceilings(device, timer, options.settings()["dtypes"])
     drift = drifted(before, after, device)
     result.update(
         problems=[*drift, *([f"the time did not do for {'; '.join(missed)}"] if missed else [])],

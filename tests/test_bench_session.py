@@ -32,7 +32,7 @@ class Options:
     device = CPU
 
     def settings(self) -> dict[str, Any]:
-        return {}
+        return {"dtypes": ["fp32"]}
 
 
 def outcome(case: Case, **left_out: str) -> Outcome:

@@ -64,7 +64,7 @@ def test_a_call_finds_the_cache_full_of_something_else(timer):
 
 
 def test_ceilings(timer):
-    found = harness.measure_ceilings(torch.device(DEVICE), timer)
+    found = harness.measure_ceilings(torch.device(DEVICE), timer, ["bf16", "fp16"])
     rates = found["matmul_flops_per_s"]
     assert rates.keys() == {"fp32", "bf16", "fp16"}
     assert 1e11 < found["copy_bytes_per_s"] < 1e14

@@ -195,7 +195,8 @@ def test_what_counts_as_drift(which: str, device: str, factor: float, valid: boo
     assert [problem.partition(" changed")[0] for problem in problems] == [f"the ceiling of {which}"] * (not valid)
 
 
-def test_ceilings_are_rates_of_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtypes", [["bf16"], ["fp32"]])
+def test_ceilings_are_rates_of_what_was_done(dtypes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "_product_size", lambda dtype: 64)
     times = {"copy": 2.0, "fp32": 0.5, "bf16": 0.25}
 
@@ -205,9 +206,9 @@ def test_ceilings_are_rates_of_what_was_done(monkeypatch: pytest.MonkeyPatch) ->
         return {name: [Sample(3 * times[name], None), Sample(times[name], None)] for name in contestants}
 
     monkeypatch.setattr(harness, "interleave", interleaved)
-    ceilings = harness.measure_ceilings(CPU, CpuTimer(0.0, 0))
+    ceilings = harness.measure_ceilings(CPU, CpuTimer(0.0, 0), dtypes)
     assert ceilings["copy_bytes_per_s"] == pytest.approx(2 * (1 << 27) / 2e-3)
-    rates = {"fp32": 2 * 64**3 / 0.5e-3, "bf16": 2 * 64**3 / 0.25e-3}
+    rates = {name: 2e3 * 64**3 / times[name] for name in {"fp32", *dtypes}}
     assert ceilings["matmul_flops_per_s"] == pytest.approx(rates)
 
 
