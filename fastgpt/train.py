@@ -161,25 +161,47 @@ class Trainer:
         return state.step == config.max_iters
 
     def _step(self) -> None:
-        """One step of the optimizer."""
+        """One step of the optimizer; its loss waits on the device for the next log line."""
         config, step = self.config, self.state.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+        batches = [self._batches[step * config.grad_accum + micro] for micro in range(config.grad_accum)]
+        x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
+        lr = torch.full((), learning_rate(step, config), dtype=torch.float32, device=self.device)
+        self._losses.append(self._train_on(x, y, lr))
+        self.state.step += 1
+
+    def _train_on(self, x: Tensor, y: Tensor, lr: Tensor) -> Tensor:
+        """One step of the optimizer as a function of tensors on the device: nothing in it comes from the host.
+
+        Args:
+            x, y: (grad_accum, B, T), int64, tokens and the tokens that follow them.
+            lr: a scalar in fp32.
+        Returns:
+            The mean loss over the micro batches, a scalar in fp32.
+        """
+        loss = self._accumulate(x, y)
+        self._update(lr)
+        return loss
+
+    def _accumulate(self, x: Tensor, y: Tensor) -> Tensor:
+        """Forward and backward of each micro batch: gradients anew in the parameters, and the mean loss."""
+        self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for micro in range(config.grad_accum):
-            x, y = self._batches[step * config.grad_accum + micro]
+        for tokens, targets in zip(x, y, strict=True):
             with self._autocast:
-                _, loss = self._forward(x, y)
-            self.scaler.scale(loss / config.grad_accum).backward()
-            total += loss.detach() / config.grad_accum
-        if config.grad_clip > 0:
+                _, loss = self._forward(tokens, targets)
+            self.scaler.scale(loss / len(x)).backward()
+            total += loss.detach() / len(x)
+        return total
+
+    def _update(self, lr: Tensor) -> None:
+        """Clip the gradients and give them to the optimizer."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.config.grad_clip > 0:
             self.scaler.unscale_(self.optimizer)
-            ops.clip_grad_norm_(gradients(self.model), config.grad_clip)
+            ops.clip_grad_norm_(gradients(self.model), self.config.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._losses.append(total)
-        self.state.step += 1
 
     def _start_clock(self) -> None:
         self._clock = time.monotonic()
