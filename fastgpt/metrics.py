@@ -124,12 +124,15 @@ def plot_losses(runs: Sequence[Path], out: Path, x: Axis = "step") -> None:
     key, label = _AXES[x]
     for number, run in enumerate(runs):
         name = "" if len(runs) == 1 else f"{_shortest_name(run, runs)}, "
-        colors = ("tab:blue", "tab:red") if len(runs) == 1 else (f"C{number % 10}",) * 2
-        for split, color, style in zip(("train", "val"), colors, ({"alpha": 0.6}, {"marker": "o"}), strict=True):
+        of_train, of_val = ("tab:blue", "tab:red") if len(runs) == 1 else (f"C{number % 10}",) * 2
+        styles: dict[str, dict[str, Any]] = {
+            "train": {"color": of_train, "alpha": 0.6},
+            "val": {"color": of_val, "marker": "o", "markersize": 4},
+        }
+        for split, style in styles.items():
             losses = {line[key]: line["loss"] for line in _lines_to_draw(run, split, key)}
             if losses:
-                style = {"color": color, "markersize": 4, "linewidth": 1.2, **style}
-                axes.plot(list(losses), list(losses.values()), label=f"{name}{split}", **style)
+                axes.plot(list(losses), list(losses.values()), label=name + split, linewidth=1.2, **style)
     title = runs[0].resolve().name if len(runs) == 1 else ""
     axes.set(xlabel=label, ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)

@@ -100,9 +100,9 @@ class Block(nn.Module):
             return self._sublayers(x, residual, *seeds)
         choice = dispatch.current_choice()  # a GPU's backward runs in a thread that use_backend has not reached
 
-        def sublayers(*args: Tensor | None) -> tuple[Tensor, Tensor]:
+        def sublayers(x: Tensor, residual: Tensor | None, *seeds: Tensor | None) -> tuple[Tensor, Tensor]:
             with dispatch.use_backend(**choice):
-                return self._sublayers(*args)
+                return self._sublayers(x, residual, *seeds)
 
         return checkpoint(sublayers, x, residual, *seeds, use_reentrant=False, preserve_rng_state=False)
 
@@ -190,8 +190,9 @@ class GPT(nn.Module):
 
         Gradients are the same bits, for less memory and one more forward of the blocks.
         """
-        for block in self.transformer.h:
-            block.recompute = True
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.recompute = True
 
     def num_params(self, *, positions: bool = True) -> int:
         """Parameters, shared ones once; ``positions=False`` leaves out wpe, as nanoGPT counts."""

@@ -142,7 +142,7 @@ def is_slow(pair: tuple[str, str]) -> Any:
     return pytest.param(*pair, marks=pytest.mark.full if "compile" in pair else ())
 
 
-@pytest.mark.parametrize(("one", "other"), map(is_slow, PAIRS))
+@pytest.mark.parametrize(("one", "other"), [is_slow(pair) for pair in PAIRS])
 def test_any_two_switches_go_together(
     trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, one: str, other: str
 ) -> None:
