@@ -100,7 +100,10 @@ class Trainer:
             load_weights(self.model, folder / "model.safetensors")
         left = config.max_iters - self.state.step
         if config.profile and left < LAST:
-            raise UserError(f"profile traces steps {FIRST} to {LAST} of a start, and this one has only {left}")
+            raise UserError(
+                f"profile traces steps {FIRST} to {LAST} of a start, and this one has only {left}: leave it out "
+                "(--no-profile)"
+            )
         if config.recompute and isinstance(self.model, GPT):
             self.model.recompute_blocks()
         self.model.to(self.device)
