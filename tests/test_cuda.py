@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from fastgpt import GPT, GPTConfig, ops, use_backend
 from fastgpt.benchmarks.small_calls import small_calls
 from fastgpt.config import TrainConfig
 from fastgpt.optim import build_optimizer, gradients
+from fastgpt.train import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -96,6 +99,28 @@ def test_a_training_step_in_a_cuda_graph_is_that_of_eager_mode(backend: str) -> 
     assert len(masks) == len(rates), "each replay drops other elements"
     losses = [loss.item() for loss, _ in got]
     assert losses[-1] < 0.6 * losses[0], losses
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("switch", ["cuda_graph", "recompute", "compile"])
+@every_backend
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_run_in_a_cuda_graph_is_that_of_eager_mode(
+    backend: str, switch: str, dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    config = TrainConfig(str(text), backend, "cuda", dtype, batch_size=4, grad_accum=2, lr=1e-2, warmup_iters=2)
+    losses = []
+    for switches in ({}, {"cuda_graph": True, switch: True}):
+        trainer = Trainer(CONFIG, dataclasses.replace(config, **switches), tmp_path / f"{len(switches)}")
+        with trainer.backend:
+            for _ in range(20):
+                trainer._step()
+        losses.append(torch.stack(trainer._losses))
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-3 if dtype == "fp32" else 3e-2)
+    assert losses[1][-1] < losses[1][0] - 0.5
 
 
 @every_backend
