@@ -67,10 +67,16 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, 
         if found.dtype != wanted.dtype and not (found.dtype in FLOATS and wanted.dtype in FLOATS):
             raise UserError(f"{path}: {name} must be {wanted.dtype}, got {found.dtype}")
     for name in like:
-        if tensors[name].dtype in FLOATS and tensors[name].numel():
-            bounds = tensors[name].aminmax()  # NaN where any number is; no second tensor of this size is made
-            if not (bounds.min.isfinite() and bounds.max.isfinite()):
-                raise UserError(f"{path}: damaged: {name} holds a NaN or an infinity")
+        if not is_finite(tensors[name]):
+            raise UserError(f"{path}: damaged: {name} holds a NaN or an infinity")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity in it; integers have none."""
+    if tensor.dtype not in FLOATS or not tensor.numel():
+        return True
+    bounds = tensor.aminmax()  # NaN where any number is; no second tensor of this size is made
+    return bool(bounds.min.isfinite() and bounds.max.isfinite())
 
 
 def _open(path: Path) -> safe_open:
