@@ -35,6 +35,7 @@ from fastgpt.config import (
 )
 from fastgpt.data import load_dataset
 from fastgpt.generate import check_sampling, generate
+from fastgpt.metrics import Axis, plot_losses
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.train import Trainer, evaluation_batches, mean_loss
@@ -359,6 +360,17 @@ def evaluate(
     for split, loss in losses.items():
         table.add_row(split, f"{loss:.4f}", f"{torch.tensor(loss).exp():.3f}")
     console.print(table)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="runs' folders")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the picture: .png, .svg or .pdf")] = Path("loss.png"),
+    x: Annotated[Axis, typer.Option(help="what the losses are drawn over")] = "step",
+) -> None:
+    """Draw the losses of one run, or of several in one picture."""
+    plot_losses(runs, out, x)
+    print(out)
 
 
 @app.command()

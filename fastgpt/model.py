@@ -12,9 +12,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from fastgpt import ops
+from fastgpt import dispatch, ops
 from fastgpt.config import BigramConfig, GPTConfig
+from fastgpt.ops.seed import seed_for
 
 
 class LayerNorm(nn.Module):
@@ -28,9 +30,11 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias)  # (B, T, C)
 
-    def add(self, x: Tensor, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The norm of dropout(x) + residual, and that sum."""
-        return ops.add_layer_norm(x, residual, self.weight, self.bias, dropout_p=dropout_p)  # two of (B, T, C)
+        return ops.add_layer_norm(  # two of (B, T, C)
+            x, residual, self.weight, self.bias, dropout_p=dropout_p, seed=seed
+        )
 
 
 class CausalSelfAttention(nn.Module):
@@ -42,16 +46,16 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.fused = config.attention == "fused"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         dropout_p = self.dropout if self.training else 0.0
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         if self.fused:
-            y = ops.attention_qkvpacked(qkv, dropout_p=dropout_p)  # (B, T, H, D)
+            y = ops.attention_qkvpacked(qkv, dropout_p=dropout_p, seed=seed)  # (B, T, H, D)
         else:
             q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # three of (B, H, T, D)
             att = ops.softmax(q @ k.mT, scale=q.shape[-1] ** -0.5, is_causal=True)  # (B, H, T, T)
-            y = (ops.dropout(att, dropout_p) @ v).transpose(1, 2)  # (B, T, H, D)
+            y = (ops.dropout(att, dropout_p, seed=seed) @ v).transpose(1, 2)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))  # (B, T, C)
 
 
@@ -78,6 +82,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
         self.dropout = config.dropout
+        self.recompute = False
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """
@@ -88,8 +93,24 @@ class Block(nn.Module):
             The MLP's output and the stream it is still to be added to, both (B, T, C).
         """
         dropout_p = self.dropout if self.training else 0.0
-        y, residual = (self.ln_1(x), x) if residual is None else self.ln_1.add(x, residual, dropout_p)
-        y, residual = self.ln_2.add(self.attn(y), residual, dropout_p)
+        draws = 2 if residual is None else 3
+        # Drawn out here: when the block is computed again, the same elements must drop.
+        seeds = [seed_for(dropout_p, None, x.device) for _ in range(draws)]
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._sublayers(x, residual, *seeds)
+        choice = dispatch.current_choice()  # a GPU's backward runs in a thread that use_backend has not reached
+
+        def sublayers(*args: Tensor | None) -> tuple[Tensor, Tensor]:
+            with dispatch.use_backend(**choice):
+                return self._sublayers(*args)
+
+        return checkpoint(sublayers, x, residual, *seeds, use_reentrant=False, preserve_rng_state=False)
+
+    def _sublayers(self, x: Tensor, residual: Tensor | None, *seeds: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``forward`` with the seeds of what drops, in the order of use: ln_1's where it adds, attn's and ln_2's."""
+        dropout_p = self.dropout if self.training else 0.0
+        y, residual = (self.ln_1(x), x) if residual is None else self.ln_1.add(x, residual, dropout_p, seeds[0])
+        y, residual = self.ln_2.add(self.attn(y, seeds[-2]), residual, dropout_p, seeds[-1])
         return self.mlp(y), residual
 
 
@@ -163,6 +184,14 @@ class GPT(nn.Module):
             return None, ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x[:, -1:] if last_only else x)  # (B, T or 1, V)
         return logits[..., : self.config.vocab_size], None
+
+    def recompute_blocks(self) -> None:
+        """From now on keep only the inputs of each block, and compute it again in the backward (Chen et al., 2016).
+
+        Gradients are the same bits, for less memory and one more forward of the blocks.
+        """
+        for block in self.transformer.h:
+            block.recompute = True
 
     def num_params(self, *, positions: bool = True) -> int:
         """Parameters, shared ones once; ``positions=False`` leaves out wpe, as nanoGPT counts."""
