@@ -22,17 +22,18 @@ import fastgpt
 from fastgpt import dispatch, ops
 from fastgpt.checkpoint import (
     CHECKPOINTS,
+    CheckpointWriter,
     RunState,
     build_model,
-    find_checkpoint,
+    go_back_to,
     load_training,
-    load_weights,
+    open_checkpoint,
     read_config,
-    read_state,
-    save_checkpoint,
+    restore_model,
+    what_stands,
     write_config,
 )
-from fastgpt.config import GPTConfig, ModelConfig, TrainConfig, UserError
+from fastgpt.config import GPTConfig, ModelConfig, TrainConfig, TrainingError, UserError, field_types
 from fastgpt.cuda_graph import Graphed
 from fastgpt.data import NAMED_TEXTS, Batches, Dataset, load_dataset
 from fastgpt.devices import peak_flops
@@ -42,9 +43,18 @@ from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, fp32_products, peak_memory, pick_backend, pick_device, pick_dtype
 from fastgpt.profiling import FIRST, LAST, traced
 
-
-class TrainingError(RuntimeError):
-    """The run cannot go on: its loss is not a number."""
+# Settings that change nothing in what a run computes, but what is written and said about it.
+_ASIDE = {
+    "eval_interval",
+    "eval_iters",
+    "final_eval_iters",
+    "log_interval",
+    "checkpoint_interval",
+    "keep",
+    "sample_tokens",
+    "tensorboard",
+    "profile",
+}
 
 
 class Trainer:
@@ -55,7 +65,8 @@ class Trainer:
         config: the run's settings.
         run: the folder that the run writes (see fastgpt.checkpoint and fastgpt.metrics).
         keep_vocab_size: take ``model_config.vocab_size`` as it is.
-        resume: go on from the last checkpoint in ``run``.
+        resume: go on from a checkpoint in ``run``, or begin anew where it was killed before the first.
+        checkpoint: which one: "last", "best" or "step-N".
         console: where lines and the progress bar go.
     Raises:
         UserError: settings, data or a folder that cannot be used; nothing has been written into ``run`` then.
@@ -69,6 +80,7 @@ class Trainer:
         *,
         keep_vocab_size: bool = False,
         resume: bool = False,
+        checkpoint: str = "last",
         console: Console | None = None,
     ) -> None:
         self.console = console or Console()
@@ -81,7 +93,7 @@ class Trainer:
             raise UserError("recompute is for the blocks of a GPT, and this model has none")
         if config.tensorboard:
             check_tensorboard()
-        tokenizer = read_config(run)[2] if resume else None
+        _, begun, tokenizer = read_config(run) if resume else (None, config, None)
         self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
         found = self.dataset.name  # a path is kept as one that holds from any folder
         found = found if found in NAMED_TEXTS else str(Path(found).expanduser().resolve())
@@ -90,14 +102,12 @@ class Trainer:
             model_config = _with_vocabulary(model_config, self.dataset, keep_vocab_size)
 
         torch.manual_seed(config.seed)
-        self.model = build_model(model_config)
-        self.state = RunState()
-        if resume:
-            folder = find_checkpoint(run)
-            self.state = read_state(folder)
+        folder, self.state = None, RunState()
+        if resume and ((run / CHECKPOINTS).exists() or checkpoint != "last"):
+            folder, self.state = open_checkpoint(run, checkpoint)
             if self.state.step >= config.max_iters:
                 raise UserError(f"{run}: this run is at step {self.state.step} already: --max-iters gives it more")
-            load_weights(self.model, folder / "model.safetensors")
+        self.model = restore_model(model_config, folder) if folder else build_model(model_config)
         left = config.max_iters - self.state.step
         if config.profile and left < LAST:
             raise UserError(
@@ -109,7 +119,7 @@ class Trainer:
         self.model.to(self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if resume:
+        if folder:
             load_training(folder, self.model, self.optimizer)
             if self.state.scaler:  # empty if the run was not in fp16 until now
                 self.scaler.load_state_dict(self.state.scaler)
@@ -126,9 +136,14 @@ class Trainer:
 
         run.mkdir(parents=True, exist_ok=True)
         self.run = run
+        if folder:
+            go_back_to(run, folder.name)
+        self._writer = CheckpointWriter(run, config.keep)
+        if resume:
+            self._say_what_changed(begun)
         versions = {"fastgpt": fastgpt.__version__, "torch": torch.__version__}
         write_config(run, model_config, config, self.dataset.tokenizer, versions)
-        self._metrics = Metrics(run, self.state.step if resume else -1, tensorboard=config.tensorboard)
+        self._metrics = Metrics(run, self.state.step if folder else -1, tensorboard=config.tensorboard)
         self._train_on, self._gradients_on = self._as_graphs()
         if config.tf32 and (self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) < (8, 0)):
             self._warn(f"tf32: {device_name(self.device)} makes no such products, so those of fp32 stay as they are")
@@ -166,7 +181,8 @@ class Trainer:
         """Train up to ``max_iters``. False if SIGINT or SIGTERM ended it before, after a checkpoint.
 
         Raises:
-            TrainingError: the loss became NaN or infinite; the checkpoint before stands.
+            TrainingError: the loss or a weight became NaN or infinite, or a checkpoint cannot be written; the one
+                before stands.
         """
         config, state = self.config, self.state
         self._began = time.monotonic() - state.elapsed_s
@@ -175,6 +191,7 @@ class Trainer:
             fp32_products(tf32=config.tf32),
             contextlib.closing(self._metrics),
             self._stop_on_signal(),
+            self._writer,
             _progress(self.console) as bar,
             self._profiling() as stepped,
         ):
@@ -182,21 +199,24 @@ class Trainer:
             if state.step == 0:
                 self._evaluate(config.eval_iters)
             self._start_clock()
-            while state.step < config.max_iters and not self._stop:
+            ending = self._stop
+            while not ending:
                 self._step()
                 stepped()
                 done = state.step == config.max_iters
+                ending = done or self._stop
                 evaluating = done or state.step % config.eval_interval == 0
-                if evaluating or state.step % config.log_interval == 0:
+                saving = ending or state.step % (config.checkpoint_interval or config.eval_interval) == 0
+                if evaluating or saving or state.step % config.log_interval == 0:
                     self._log(bar, task)
-                if evaluating:
-                    best = self._evaluate(config.final_eval_iters if done else config.eval_iters)
-                    self._save(best)
+                best = evaluating and self._evaluate(config.final_eval_iters if done else config.eval_iters)
+                if best or saving:
+                    state.scaler = self.scaler.state_dict()
+                    self._writer.save(state, self.model, self.optimizer, best)
+                if evaluating or saving:
                     self._start_clock()
+                self._writer.raise_if_failed()
                 bar.update(task, completed=state.step)
-            if 0 < state.step < config.max_iters:
-                self._log(bar, task)
-                self._save(best=False)
         return state.step == config.max_iters
 
     def _step(self) -> None:
@@ -205,6 +225,8 @@ class Trainer:
         batches = [self._batches[step * config.grad_accum + micro] for micro in range(config.grad_accum)]
         x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
         lr = torch.full((), learning_rate(step, config), dtype=torch.float32, device=self.device)
+        if isinstance(self._train_on, Graphed):  # its replay runs none of _whole_step's Python
+            self._writer.before_update()
         self._losses.append(self._train_on(x, y, lr))
         self.state.step += 1
 
@@ -229,6 +251,7 @@ class Trainer:
             The mean loss over the micro batches, a scalar in fp32.
         """
         loss = self._gradients_on(x, y)
+        self._writer.before_update()
         self._update(lr)
         return loss
 
@@ -298,9 +321,9 @@ class Trainer:
     def _require_finite(self, loss: float, step: int) -> None:
         if math.isfinite(loss):
             return
-        kept = "the last checkpoint stands" if (self.run / CHECKPOINTS).exists() else "no checkpoint was written yet"
+        self._writer.wait()  # one that is under way will stand
         raise TrainingError(
-            f"the loss became {loss} at step {step}, so the run was stopped; {kept} in {self.run} "
+            f"the loss became {loss} at step {step}, so the run was stopped; {what_stands(self.run)} "
             "(a lower --lr, a longer --warmup-iters or --dtype fp32 may help)"
         )
 
@@ -325,10 +348,6 @@ class Trainer:
             return contextlib.nullcontext(lambda: None)
         return traced(self.run / "trace.json", self.device, self._say)
 
-    def _save(self, best: bool) -> None:
-        self.state.scaler = self.scaler.state_dict()
-        save_checkpoint(self.run, self.state, self.model, self.optimizer, best)
-
     @contextlib.contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM asks the loop to stop; a second one does what it does elsewhere."""
@@ -349,6 +368,16 @@ class Trainer:
             yield
         finally:
             restore()
+
+    def _say_what_changed(self, begun: TrainConfig) -> None:
+        """One line where the run goes on with other settings than it was ``begun`` with, unless they are _ASIDE."""
+        before_and_now = [
+            f"{name} {getattr(begun, name)!r} -> {getattr(self.config, name)!r}"
+            for name in field_types(TrainConfig)
+            if name not in _ASIDE and getattr(begun, name) != getattr(self.config, name)
+        ]
+        if before_and_now:
+            self._warn(f"from step {self.state.step} on this is another run: {', '.join(before_and_now)}")
 
     def _say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False)
