@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 import fastgpt
-from fastgpt import dispatch, ops
+from fastgpt import dispatch, distributed
 from fastgpt.checkpoint import (
     CHECKPOINTS,
     RunState,
@@ -67,14 +67,17 @@ class Trainer:
         resume: bool = False,
         console: Console | None = None,
     ) -> None:
+        self.world = distributed.world()
         self.console = console or Console()
         if not resume and (run / CHECKPOINTS).exists():
             raise UserError(f"{run}: a run lies here already: continue it with --resume, or choose another --out")
-        self.device = pick_device(config.device)
+        self._share = self.world.share(config.batch_size, config.grad_accum)
+        self.device = pick_device(self.world.device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
         self.backend = pick_backend(config.backend, self.device, self.dtype)
         tokenizer = read_config(run)[2] if resume else None
-        self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
+        with self.world.local_first():
+            self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
         found = self.dataset.name  # a path is kept as one that holds from any folder
         found = found if found in NAMED_TEXTS else str(Path(found).expanduser().resolve())
         self.config = config = replace(config, data=found)
@@ -90,14 +93,18 @@ class Trainer:
             if self.state.step >= config.max_iters:
                 raise UserError(f"{run}: this run is at step {self.state.step} already: --max-iters gives it more")
             load_weights(self.model, folder / "model.safetensors")
-        self.model.to(self.device)
+        self.is_sharded = config.parallel == "fsdp" and self.world.size > 1
+        if self.is_sharded:
+            self.world.shard(self.model, self.device)
+        else:
+            self.model.to(self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if resume:
             load_training(folder, self.model, self.optimizer)
             if self.state.scaler:  # empty if the run was not in fp16 until now
                 self.scaler.load_state_dict(self.state.scaler)
-        self._forward: Any = torch.compile(self.model, fullgraph=True) if config.compile else self.model
+        self._forward: Any = distributed.compiled(self.model) if config.compile else self.model
         self._autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
         block_size = model_config.block_size
@@ -108,11 +115,12 @@ class Trainer:
         self._speeds: list[float] = []  # tokens per second of each stretch between two log lines
         self._stop = False
 
-        run.mkdir(parents=True, exist_ok=True)
         self.run = run
-        versions = {"fastgpt": fastgpt.__version__, "torch": torch.__version__}
-        write_config(run, model_config, config, self.dataset.tokenizer, versions)
-        self._metrics = Metrics(run, self.state.step if resume else -1)
+        if self.world.is_main:
+            run.mkdir(parents=True, exist_ok=True)
+            versions = {"fastgpt": fastgpt.__version__, "torch": torch.__version__}
+            write_config(run, model_config, config, self.dataset.tokenizer, versions)
+            self._metrics = Metrics(run, self.state.step if resume else -1)
 
     @property
     def tokens_per_s(self) -> float:
@@ -138,13 +146,14 @@ class Trainer:
             TrainingError: the loss became NaN or infinite; the checkpoint before stands.
         """
         config, state = self.config, self.state
+        self._forward = self.world.replicate(self._forward, self.device)
         self._began = time.monotonic() - state.elapsed_s
         with self.backend, self._stop_on_signal(), _progress(self.console) as bar:
             task = bar.add_task("training", total=config.max_iters, completed=state.step, speed="", loss="")
             if state.step == 0:
                 self._evaluate(config.eval_iters)
             self._start_clock()
-            while state.step < config.max_iters and not self._stop:
+            while state.step < config.max_iters and not self.world.any(self._stop):
                 self._step()
                 done = state.step == config.max_iters
                 evaluating = done or state.step % config.eval_interval == 0
@@ -163,8 +172,9 @@ class Trainer:
     def _step(self) -> None:
         """One step of the optimizer; its loss waits on the device for the next log line."""
         config, step = self.config, self.state.step
-        batches = [self._batches[step * config.grad_accum + micro] for micro in range(config.grad_accum)]
-        x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
+        self.world.seed(config.seed, step)
+        batches = [self._batches[step * config.grad_accum + micro] for micro in self._share.micro_batches]
+        x, y = (torch.stack([part[self._share.rows] for part in parts]) for parts in zip(*batches, strict=True))
         lr = torch.full((), learning_rate(step, config), dtype=torch.float32, device=self.device)
         self._losses.append(self._train_on(x, y, lr))
         self.state.step += 1
@@ -173,7 +183,7 @@ class Trainer:
         """One step of the optimizer as a function of tensors on the device: nothing in it comes from the host.
 
         Args:
-            x, y: (grad_accum, B, T), int64, tokens and the tokens that follow them.
+            x, y: (micro batches, B, T), int64, tokens and the tokens that follow them: this process's share.
             lr: a scalar in fp32.
         Returns:
             The mean loss over the micro batches, a scalar in fp32.
@@ -186,10 +196,11 @@ class Trainer:
         """Forward and backward of each micro batch: gradients anew in the parameters, and the mean loss."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for tokens, targets in zip(x, y, strict=True):
-            with self._autocast:
-                _, loss = self._forward(tokens, targets)
-            self.scaler.scale(loss / len(x)).backward()
+        for index, (tokens, targets) in enumerate(zip(x, y, strict=True)):
+            with distributed.gradient_sync(self._forward, wanted=index == len(x) - 1):
+                with self._autocast:
+                    _, loss = self._forward(tokens, targets)
+                self.scaler.scale(loss / len(x)).backward()
             total += loss.detach() / len(x)
         return total
 
@@ -199,7 +210,7 @@ class Trainer:
             group["lr"] = lr
         if self.config.grad_clip > 0:
             self.scaler.unscale_(self.optimizer)
-            ops.clip_grad_norm_(gradients(self.model), self.config.grad_clip)
+            distributed.clip_grad_norm_(gradients(self.model), self.config.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -210,7 +221,8 @@ class Trainer:
         """Read the losses since the last log line, and write their mean."""
         if not self._losses:
             return
-        losses = torch.stack(self._losses).tolist()  # waits for the device: from here on the clock is right
+        means = self.world.sum(torch.stack(self._losses)) / self.world.size
+        losses = means.tolist()  # waits for the device: from here on the clock is right
         first = self.state.step - len(losses) + 1
         for step, loss in enumerate(losses, first):
             self._require_finite(loss, step)
@@ -231,13 +243,14 @@ class Trainer:
             state.best_val_loss = state.val_loss
         for split, loss in (("train", state.train_loss), ("val", state.val_loss)):
             self._write_metrics(split, loss, batches)
-        plot_losses(self.run)
+        if self.world.is_main:
+            plot_losses(self.run)
         speed = f", {self._speeds[-1]:,.0f} tokens/s" if self._speeds else ""
         self.console.print(f"step {state.step}: train {state.train_loss:.4f}, val {state.val_loss:.4f}{speed}")
         return best
 
     def _mean_loss(self, split: str, batches: int) -> float:
-        loss = mean_loss(self._forward, self._eval_batches[split], batches, self._autocast)
+        loss = mean_loss(self._forward, self._eval_batches[split], batches, self._autocast, self.world)
         self._require_finite(loss, self.state.step)
         return loss
 
@@ -252,6 +265,8 @@ class Trainer:
 
     def _write_metrics(self, split: str, loss: float, batches: int) -> None:
         self.state.elapsed_s = time.monotonic() - self._began
+        if not self.world.is_main:
+            return
         self._metrics.write(
             step=self.state.step,
             split=split,
@@ -302,16 +317,23 @@ def evaluation_batches(
 
 
 @torch.no_grad()
-def mean_loss(model: Any, batches: Batches, count: int, autocast: torch.autocast) -> float:
-    """The model's loss averaged over the first ``count`` batches, in evaluation mode and without gradients."""
+def mean_loss(
+    model: Any, batches: Batches, count: int, autocast: torch.autocast, world: distributed.World = distributed.ALONE
+) -> float:
+    """The model's loss averaged over the first ``count`` batches, in evaluation mode and without gradients.
+
+    The processes of ``world`` share the batches out, and the value is the same on any number of them. As sharded
+    weights are gathered by all of them together, those with a batch less take one that is not counted.
+    """
     model.eval()
-    losses = []
-    for index in range(count):
+    rounds = -(-count // world.size)
+    losses = torch.zeros(rounds * world.size, device=batches.device)
+    for index in range(world.rank, len(losses), world.size):
         x, y = batches[index]
         with autocast:
-            losses.append(model(x, y)[1])
+            losses[index] = model(x, y)[1]
     model.train()
-    return torch.stack(losses).double().mean().item()
+    return world.sum(losses)[:count].double().mean().item()
 
 
 def _with_vocabulary(model_config: ModelConfig, dataset: Dataset, keep: bool) -> ModelConfig:
