@@ -75,7 +75,7 @@ class World:
         return Share(range(group, grad_accum, groups), slice(part * rows, (part + 1) * rows))
 
     def seed(self, seed: int, step: int) -> None:
-        """Seed the default generators for ``step``: no two processes drop alike, and resuming needs no state of them."""
+        """Seed the default generators for ``step``: processes drop differently, and resuming needs no state of them."""
         if self.size > 1:
             torch.manual_seed(int(np.random.default_rng((seed, step, self.rank)).integers(2**63)))
 
@@ -177,7 +177,12 @@ def leave() -> None:
 
 def is_first_to_fail() -> bool:
     """Whether this process's error is the run's reason to end: later ones follow from it, or say the same."""
-    return _world.store is None or _world.store.add("failed", 1) == 1
+    if _world.store is None:
+        return True
+    try:
+        return _world.store.add("failed", 1) == 1
+    except dist.DistError:  # the machine that holds the store has gone, too, and nobody can know
+        return True
 
 
 def lost_a_process(error: RuntimeError) -> bool:
