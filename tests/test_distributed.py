@@ -139,6 +139,22 @@ SETTINGS = {
 }
 
 
+def test_a_tensor_is_spread_and_gathered_again(alone_in_a_group):
+    model = GPT(MODEL)
+    wanted = {name: p.detach().clone() for name, p in model.named_parameters()}
+    World().shard(model, torch.device("cpu"))
+    spread = {name: distributed.as_spread(wanted[name], p) for name, p in model.named_parameters()}
+    assert all(type(x).__name__ == "DTensor" for x in spread.values())
+    found = distributed.gathered({**spread, "step": torch.ones(())})
+    assert found.pop("step") == 1
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert torch.equal(found[name], x)
+        assert type(found[name]) is torch.Tensor
+        found[name].zero_()  # a copy
+        assert torch.equal(spread[name].full_tensor(), x)
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
