@@ -7,36 +7,44 @@
     RUN/checkpoints/step-N/  model.safetensors    weights, under GPT-2's names
                              training.safetensors AdamW's moments, and the states of the random generators
                              state.json           step, losses, elapsed seconds, gradient scaler
+                             SHA256SUMS           of the other three, as sha256sum writes and checks them
 
 A checkpoint is written beside the others under a passing name, renamed when it is whole, and only then pointed at by
 checkpoints.json, which is itself replaced in one step. Killed at any moment, a run leaves what it pointed at before.
+A folder that is named step-N is therefore whole, pointed at or not, until its disk says otherwise; the sums tell.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import json
-import os
+import math
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastgpt.config import MODEL_CONFIGS, BigramConfig, ModelConfig, TrainConfig, UserError, field_types
-from fastgpt.files import write_atomically
+from fastgpt.config import MODEL_CONFIGS, BigramConfig, ModelConfig, TrainConfig, TrainingError, UserError, field_types
+from fastgpt.distributed import as_spread, gathered, is_sharded, world
+from fastgpt.files import json_bytes, read_json, sha256_of, sync, write_atomically
 from fastgpt.model import GPT, Bigram
 from fastgpt.optim import AdamW
+from fastgpt.tensor_files import is_finite, read_tensors, tensor_names
 from fastgpt.tokenizer import CharTokenizer
 
-Which = Literal["last", "best"]
-
 CHECKPOINTS = "checkpoints.json"
+FILES = ("model.safetensors", "training.safetensors", "state.json")
+SUMS = "SHA256SUMS"
+
+_NAME = re.compile(r"step-\d{8,18}")
+_PASSING = ".new-"  # before a name: not whole yet, or no longer
 
 
 @dataclass
@@ -65,8 +73,8 @@ def write_config(
         "model": {"type": kind, **dataclasses.asdict(model)},
         "train": dataclasses.asdict(train),
     }
-    write_atomically(run / "tokenizer.json", _json_bytes(tokenizer.to_json()))
-    write_atomically(run / "config.json", _json_bytes(settings))
+    write_atomically(run / "tokenizer.json", json_bytes(tokenizer.to_json()))
+    write_atomically(run / "config.json", json_bytes(settings))
 
 
 def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, CharTokenizer]:
@@ -77,7 +85,7 @@ def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, CharTokenizer]:
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: there is no run in this folder (no config.json)")
     path = run / "config.json"
-    settings = _read_json(path)
+    settings = read_json(path)
     model, train = settings.get("model"), settings.get("train")
     if not isinstance(model, dict) or not isinstance(train, dict):
         raise UserError(f"{path}: damaged: it must hold the objects model and train")
@@ -89,119 +97,180 @@ def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, CharTokenizer]:
         unknown = section.keys() - field_types(cls).keys()
         if unknown:
             raise UserError(f"{path}: unknown setting {min(unknown)!r}")
-    return config(**model), TrainConfig(**train), CharTokenizer.from_json(_read_json(run / "tokenizer.json"))
+    return config(**model), TrainConfig(**train), CharTokenizer.from_json(read_json(run / "tokenizer.json"))
 
 
-def save_checkpoint(run: Path, state: RunState, model: nn.Module, optimizer: AdamW, best: bool) -> Path:
-    """Write a checkpoint, point "last" (and "best") at it, delete those that nothing points at. Returns its folder."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment, in host memory: what a checkpoint is written from.
+
+    ``copied`` is, on a GPU, the event after which the tensors are there; until then nobody may change the originals.
+    """
+
+    state: RunState
+    weights: dict[str, Tensor]
+    training: dict[str, Tensor]
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def take(cls, state: RunState, model: nn.Module, optimizer: AdamW) -> Snapshot:
+        """Copy the run; from a GPU into pinned memory on a stream of its own, without waiting for it.
+
+        Of a sharded model all processes take it together, and the main one alone gets anything.
+        """
+        device = next(model.parameters()).device
+        weights, training = _weights(model), _training_tensors(model, optimizer)
+        if is_sharded(model):
+            return cls(copy.deepcopy(state), gathered(weights), gathered(training), None)
+        if device.type != "cuda":
+            return cls(copy.deepcopy(state), _cloned(weights), _cloned(training), None)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            return cls(copy.deepcopy(state), _pinned(weights), _pinned(training), stream.record_event())
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints in a thread, one at a time, while training goes on.
+
+    As a context manager it ends with the last checkpoint written. What keeps one from being written is raised by the
+    next call, as a TrainingError with the reason; the checkpoint before stands then.
+
+    Args:
+        run: the run's folder.
+        keep: how many of the last checkpoints stay, beside the best.
+    """
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._run, self._keep = run, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Path] | None = None
+        self._snapshot: Snapshot | None = None
+
+    def save(self, state: RunState, model: nn.Module, optimizer: AdamW, best: bool) -> None:
+        """Take a snapshot and have it written; waits for the checkpoint before, should that be under way still."""
+        self.wait()
+        if world().is_main or is_sharded(model):
+            snapshot = Snapshot.take(state, model, optimizer)
+        if world().is_main:
+            self._snapshot = snapshot
+            self._pending = self._thread.submit(write_checkpoint, self._run, snapshot, best, self._keep)
+
+    def before_update(self) -> None:
+        """Call it before weights or moments change: the GPU, not the host, then waits for the snapshot's copies."""
+        if self._snapshot is not None and self._snapshot.copied is not None:
+            torch.cuda.current_stream().wait_event(self._snapshot.copied)
+
+    def raise_if_failed(self) -> None:
+        """Does not wait."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint under way, if there is one, is written."""
+        pending, snapshot = self._pending, self._snapshot
+        self._pending = self._snapshot = None
+        if pending is None or snapshot is None:
+            return
+        try:
+            pending.result()
+        except (OSError, SafetensorError) as error:
+            step = snapshot.state.step
+            raise TrainingError(
+                f"the checkpoint of step {step} could not be written ({error}), so the run was stopped; "
+                f"{what_stands(self._run)}"
+            ) from error
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+        self.wait()
+
+
+def write_checkpoint(run: Path, snapshot: Snapshot, best: bool, keep: int) -> Path:
+    """Write a checkpoint, point "last" (and "best") at it, and delete all but these and the ``keep`` last.
+
+    Returns:
+        Its folder.
+    Raises:
+        TrainingError: a weight or a moment is NaN or infinite; such a checkpoint is not written.
+        OSError, SafetensorError: it cannot be written; what was written of it is deleted.
+    """
+    if snapshot.copied is not None:
+        snapshot.copied.synchronize()
+    for name, tensor in {**snapshot.weights, **snapshot.training}.items():
+        if not is_finite(tensor):
+            raise TrainingError(
+                f"{name} became NaN or infinite by step {snapshot.state.step}, so the run was stopped; "
+                f"{what_stands(run)}"
+            )
     pointers = _pointers(run)
-    name = f"step-{state.step:08d}"
+    name = _name_of(snapshot.state.step)
     folder = run / "checkpoints" / name
     if name not in pointers.values():
-        shutil.rmtree(folder, ignore_errors=True)  # whole, but never pointed at: a kill came between
-        made = folder.with_name(f".new-{name}")
-        shutil.rmtree(made, ignore_errors=True)
+        made = folder.with_name(_PASSING + name)
+        for left in (folder, made):  # by a run that was killed: the first is whole, but was never pointed at
+            shutil.rmtree(left, ignore_errors=True)
         made.mkdir(parents=True)
-        save_file(_weights(model), made / "model.safetensors")
-        save_file(_training_tensors(model, optimizer), made / "training.safetensors")
-        (made / "state.json").write_bytes(_json_bytes(dataclasses.asdict(state)))
-        for path in [*made.iterdir(), made]:
-            _sync(path)
-        made.rename(folder)
-        _sync(folder.parent)
+        try:
+            _fill(made, snapshot)
+            made.rename(folder)
+        except Exception:
+            shutil.rmtree(made, ignore_errors=True)  # a disk that is full has better use for its room
+            raise
+        sync(folder.parent)
     pointers["last"] = name
     if best or "best" not in pointers:
         pointers["best"] = name
-    write_atomically(run / CHECKPOINTS, _json_bytes(pointers))
-    for other in folder.parent.iterdir():
-        if other.name not in pointers.values():
-            shutil.rmtree(other)
+    write_atomically(run / CHECKPOINTS, json_bytes(pointers))
+    earlier = [other for other in checkpoint_names(run) if _step_of(other) <= snapshot.state.step]
+    _delete_but(folder.parent, {*pointers.values(), *earlier[-keep:]})
     return folder
 
 
-def find_checkpoint(run: Path, which: Which = "last") -> Path:
-    """The folder of the last or best checkpoint.
-
-    Raises:
-        UserError: the run has none.
-    """
+def go_back_to(run: Path, name: str) -> None:
+    """Make a checkpoint the last one; later ones, which the run now abandons, go when it writes its next."""
     pointers = _pointers(run)
-    if which not in pointers:
-        raise UserError(f"{run}: this run has no checkpoint yet")
-    return run / "checkpoints" / pointers[which]
+    best = pointers.get("best", name)
+    kept = {"last": name, "best": best if _step_of(best) <= _step_of(name) else name}
+    if kept != pointers:
+        write_atomically(run / CHECKPOINTS, json_bytes(kept))
 
 
-def load_model(run: Path, which: Which = "best") -> tuple[GPT | Bigram, CharTokenizer, TrainConfig, RunState]:
-    """The model of a run's checkpoint, on the CPU and in evaluation mode, and what belongs to it.
-
-    Raises:
-        UserError: no run or checkpoint there, or a damaged one.
-    """
-    config, train, tokenizer = read_config(run)
-    folder = find_checkpoint(run, which)
-    model = build_model(config)
-    load_weights(model, folder / "model.safetensors")
-    return model.eval(), tokenizer, train, read_state(folder)
+def what_stands(run: Path) -> str:
+    """The end of a sentence on a run that was stopped."""
+    last = _pointers(run).get("last")
+    return f"{last} stands in {run}" if last else f"no checkpoint was written yet in {run}"
 
 
-def read_state(folder: Path) -> RunState:
-    """
-    Raises:
-        UserError: a damaged file.
-    """
-    path = folder / "state.json"
-    data = _read_json(path)
-    wanted = {f.name for f in dataclasses.fields(RunState)}
-    if data.keys() != wanted:
-        raise UserError(f"{path}: damaged: it must hold {', '.join(sorted(wanted))}")
-    losses = [data[name] for name in ("train_loss", "val_loss", "best_val_loss") if data[name] is not None]
-    if not (
-        isinstance(data["step"], int)
-        and data["step"] > 0
-        and isinstance(data["scaler"], dict)
-        and all(isinstance(number, (int, float)) for number in (data["elapsed_s"], *losses))
-    ):
-        raise UserError(f"{path}: damaged: a value has the wrong type")
-    return RunState(**data)
+def _fill(folder: Path, snapshot: Snapshot) -> None:
+    """Write a checkpoint's files, and wait until the disk has them."""
+    save_file(snapshot.weights, folder / "model.safetensors")
+    save_file(snapshot.training, folder / "training.safetensors")
+    (folder / "state.json").write_bytes(json_bytes(dataclasses.asdict(snapshot.state)))
+    (folder / SUMS).write_text("".join(_sums(folder)))
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """
-    Raises:
-        UserError: a damaged file, or tensors that are not the model's.
-    """
-    tensors = _load_tensors(path)
-    own = _weights(model)
-    for name, tensor in own.items():
-        if name not in tensors:
-            raise UserError(f"{path}: damaged: it lacks {name}")
-        if tensors[name].shape != tensor.shape:
-            raise UserError(f"{path}: {name} must have shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-
-
-def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
-    """Put AdamW's moments and the random generators back to where ``folder`` left them.
-
-    Raises:
-        UserError: a damaged file.
-    """
-    path = folder / "training.safetensors"
-    tensors = _load_tensors(path)
-    try:
-        for group in optimizer.param_groups:
-            group["step"] = tensors["step"].to(group["params"][0].device, copy=True)
-        for name, param in model.named_parameters():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[param][moment] = tensors[f"{moment}.{name}"].to(param.device)
-        torch.set_rng_state(tensors["rng.cpu"])
-        device = next(model.parameters()).device
-        if device.type == "cuda" and "rng.cuda" in tensors:  # a run that moved to a GPU goes on from its seed
-            torch.cuda.set_rng_state(tensors["rng.cuda"], device)
-    except KeyError as error:
-        raise UserError(f"{path}: damaged: it lacks {error}") from error
+def _delete_but(folder: Path, kept: set[str]) -> None:
+    """Delete the checkpoints in ``folder``, whole or not, that are not ``kept``; nothing else, and through no link."""
+    for path in folder.iterdir():
+        name = path.name.removeprefix(_PASSING)
+        if path.name in kept or not _NAME.fullmatch(name) or path.is_symlink():
+            continue
+        passing = path.with_name(_PASSING + name)
+        if path != passing:
+            shutil.rmtree(passing, ignore_errors=True)
+            path.rename(passing)  # half deleted, it must not look whole
+        shutil.rmtree(passing)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -209,52 +278,215 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def _moments(model: nn.Module) -> dict[str, tuple[nn.Parameter, str]]:
+    """{name in training.safetensors: (parameter, its name in AdamW's state)}"""
+    return {
+        f"{moment}.{name}": (param, moment)
+        for name, param in model.named_parameters()
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
+
+
 def _training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    tensors = {"step": optimizer.param_groups[0]["step"], "rng.cpu": torch.get_rng_state()}
+    tensors = {name: optimizer.state[param][moment] for name, (param, moment) in _moments(model).items()}
+    tensors |= {"step": optimizer.param_groups[0]["step"], "rng.cpu": torch.get_rng_state()}
     device = next(model.parameters()).device
     if device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
-    for name, param in model.named_parameters():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{name}"] = optimizer.state[param][moment]
     return tensors
+
+
+def _cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _pinned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in pinned memory, which PyTorch's allocator reuses from one checkpoint to the next."""
+    return {
+        name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_names(run: Path) -> list[str]:
+    """A run's checkpoints, by step."""
+    folder = run / "checkpoints"
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    names = [path.name for path in paths if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    return sorted(names, key=_step_of)
+
+
+def find_checkpoint(run: Path, which: str = "last") -> Path:
+    """The folder of a checkpoint: "last", "best", or "step-N" by its name.
+
+    Raises:
+        UserError: the run has none, or not this one.
+    """
+    names = checkpoint_names(run)
+    name = which
+    if which in ("last", "best"):
+        pointers = _pointers(run)
+        if which not in pointers:
+            raise UserError(f"{run}: this run has no checkpoint yet")
+        name = pointers[which]
+    elif re.fullmatch(r"step-\d{1,18}", which):
+        name = _name_of(_step_of(which))
+    if name not in names:
+        raise UserError(f"{run}: there is no checkpoint {name}; there is {', '.join(names) or 'none'}")
+    return run / "checkpoints" / name
+
+
+def open_checkpoint(run: Path, which: str = "last") -> tuple[Path, RunState]:
+    """The folder of a checkpoint that was held to its sums, and where the run stood.
+
+    Raises:
+        UserError: none there, or a damaged one; then another that is whole is named.
+    """
+    folder = find_checkpoint(run, which)
+    try:
+        return folder, _read_whole(folder)
+    except UserError as error:
+        others = (folder.with_name(name) for name in reversed(checkpoint_names(run)) if name != folder.name)
+        whole = next((other.name for other in others if _is_whole(other)), None)
+        offer = f"--checkpoint {whole} is whole" if whole else "no other checkpoint is whole"
+        raise UserError(f"{error}; {offer}") from error
+
+
+def load_model(run: Path, which: str = "best") -> tuple[GPT | Bigram, CharTokenizer, TrainConfig, RunState]:
+    """The model of a run's checkpoint, on the CPU and in evaluation mode, and what belongs to it.
+
+    Raises:
+        UserError: no run or checkpoint there, or a damaged one.
+    """
+    config, train, tokenizer = read_config(run)
+    folder, state = open_checkpoint(run, which)
+    return restore_model(config, folder).eval(), tokenizer, train, state
+
+
+def restore_model(config: ModelConfig, folder: Path) -> GPT | Bigram:
+    """A checkpoint's model, on the CPU. It is not built before the file was seen to hold the like of it.
+
+    Raises:
+        UserError: a damaged file, or tensors that are not the model's.
+    """
+    path = folder / "model.safetensors"
+    layers, tensors = getattr(config, "n_layer", 0), len(tensor_names(path))
+    if layers > tensors:
+        raise UserError(f"{path}: the settings ask for {layers} layers, but the file holds {tensors} tensors")
+    with torch.device("meta"):  # shapes alone, in no memory
+        like = _weights(build_model(config))
+    weights = read_tensors(path, like)
+    model = build_model(config)
+    for name, own in _weights(model).items():
+        own.copy_(weights[name])
+    return model
+
+
+def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
+    """Put AdamW's moments and the random generators back to where ``folder`` left them.
+
+    Raises:
+        UserError: a damaged file; nothing was changed then.
+    """
+    path = folder / "training.safetensors"
+    device = next(model.parameters()).device
+    moments = _moments(model)
+    like = {name: param for name, (param, _) in moments.items()}
+    like |= {"step": torch.zeros(()), "rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda" and "rng.cuda" in tensor_names(path):  # a run that moved to a GPU goes on from its seed
+        like["rng.cuda"] = torch.cuda.get_rng_state(device)
+    tensors = read_tensors(path, like)
+    try:
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    except RuntimeError as error:  # each generator knows what its states look like
+        raise UserError(f"{path}: damaged: not the state of a random generator: {error}") from error
+    for group in optimizer.param_groups:
+        group["step"] = tensors["step"].to(group["params"][0].device, torch.float32, copy=True)
+    for name, (param, moment) in moments.items():
+        optimizer.state[param][moment] = as_spread(tensors[name], param)
+
+
+def _read_whole(folder: Path) -> RunState:
+    """
+    Raises:
+        UserError: a file that is missing, is no file, or is not the one that was written.
+    """
+    for name in (*FILES, SUMS):
+        path = folder / name
+        if not path.is_file() or path.is_symlink():
+            raise UserError(f"{path}: damaged: there is no such file")
+    with (folder / SUMS).open(errors="replace") as file:
+        wanted = file.read(1 << 12).splitlines(keepends=True)
+    for name, line in zip(FILES, _sums(folder), strict=True):
+        if line not in wanted:
+            raise UserError(f"{folder / name}: damaged: its sha256 is not the one in {SUMS}")
+    if len(wanted) != len(FILES):
+        raise UserError(f"{folder / SUMS}: damaged: it must name {', '.join(FILES)} and no other")
+    return _read_state(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _read_whole(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _read_state(folder: Path) -> RunState:
+    path = folder / "state.json"
+    data = read_json(path)
+    wanted = {f.name for f in dataclasses.fields(RunState)}
+    if data.keys() != wanted:
+        raise UserError(f"{path}: damaged: it must hold {', '.join(sorted(wanted))}")
+    losses = [data[name] for name in ("train_loss", "val_loss", "best_val_loss") if data[name] is not None]
+    if not (
+        isinstance(data["step"], int)
+        and _name_of(data["step"]) == folder.name
+        and _are_scaler_numbers(data["scaler"])
+        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in (data["elapsed_s"], *losses))
+    ):
+        raise UserError(f"{path}: damaged: a value has the wrong type")
+    return RunState(**data)
+
+
+def _are_scaler_numbers(scaler: Any) -> bool:
+    """GradScaler's state, or none of it."""
+    return isinstance(scaler, dict) and (
+        not scaler
+        or (
+            scaler.keys() == {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+            and all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in scaler.values())
+        )
+    )
 
 
 def _pointers(run: Path) -> dict[str, str]:
     path = run / CHECKPOINTS
     if not path.is_file():
         return {}
-    pointers = _read_json(path)
+    pointers = read_json(path)
     for which, name in pointers.items():
-        if not isinstance(name, str) or not re.fullmatch(r"step-\d+", name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError(f"{path}: damaged: {which} must be the name of a checkpoint, got {name!r}")
     return pointers
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+def _sums(folder: Path) -> list[str]:
+    """The lines of a checkpoint's SHA256SUMS, of what its files hold now."""
+    return [f"{sha256_of(folder / name)}  {name}\n" for name in FILES]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: damaged: it must hold one JSON object")
-    return data
+def _name_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
-def _json_bytes(data: dict[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2) + "\n").encode()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))

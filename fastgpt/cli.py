@@ -22,13 +22,22 @@ import fastgpt
 from fastgpt import dispatch, distributed
 from fastgpt.benchmarks.compare import THRESHOLD, compare
 from fastgpt.benchmarks.result import load
-from fastgpt.checkpoint import Which, find_checkpoint, load_model, read_config
-from fastgpt.config import MODEL_CONFIGS, PRESETS, GPTConfig, ModelConfig, TrainConfig, UserError, field_types
+from fastgpt.checkpoint import find_checkpoint, load_model, read_config
+from fastgpt.config import (
+    MODEL_CONFIGS,
+    PRESETS,
+    GPTConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainingError,
+    UserError,
+    field_types,
+)
 from fastgpt.data import load_dataset
 from fastgpt.generate import check_sampling, generate
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
 from fastgpt.tokenizer import CharTokenizer
-from fastgpt.train import Trainer, TrainingError, evaluation_batches, mean_loss
+from fastgpt.train import Trainer, evaluation_batches, mean_loss
 from fastgpt.triton_kernels import library as triton_library
 
 if sys.version_info >= (3, 11):
@@ -53,7 +62,7 @@ _BackendOption = Annotated[
     str, typer.Option("--backend", help='of all ops, or "op=backend,..."; default: FASTGPT_BACKEND, else "auto"')
 ]
 _RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="a run's folder")]
-_CheckpointOption = Annotated[Which, typer.Option("--checkpoint", help="the last checkpoint, or the best")]
+_CheckpointOption = Annotated[str, typer.Option("--checkpoint", metavar="last|best|step-N", help="which checkpoint")]
 
 
 def main() -> NoReturn:
@@ -104,7 +113,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _train(preset: str | None, config: Path | None, out: Path | None, resume: bool, **overrides: Any) -> None:
+def _train(
+    preset: str | None, config: Path | None, out: Path | None, resume: bool, checkpoint: str | None, **overrides: Any
+) -> None:
     world = distributed.join()
     given = {name: value for name, value in overrides.items() if value is not None}
     if resume:
@@ -113,7 +124,6 @@ def _train(preset: str | None, config: Path | None, out: Path | None, resume: bo
         if preset or config:
             raise UserError("--resume takes its settings from the run: leave out --preset and --config")
         model_config, train_config, _ = read_config(out)
-        find_checkpoint(out)
         for name in field_types(type(model_config)).keys() & given.keys():
             if given[name] != getattr(model_config, name):
                 raise UserError(
@@ -121,6 +131,8 @@ def _train(preset: str | None, config: Path | None, out: Path | None, resume: bo
                     f"{getattr(model_config, name)}"
                 )
     else:
+        if checkpoint:
+            raise UserError("--checkpoint goes with --resume: it says which checkpoint to go on from")
         preset, given = _settings(preset, config, given)
         if preset is None:
             device = pick_device(given.get("device", "auto"))
@@ -131,7 +143,13 @@ def _train(preset: str | None, config: Path | None, out: Path | None, resume: bo
 
     console = Console(soft_wrap=True, highlight=False, quiet=not world.is_main)
     trainer = Trainer(
-        model_config, train_config, run, keep_vocab_size="vocab_size" in given, resume=resume, console=console
+        model_config,
+        train_config,
+        run,
+        keep_vocab_size="vocab_size" in given,
+        resume=resume,
+        checkpoint=checkpoint or "last",
+        console=console,
     )
     console.print(trainer.describe(), markup=False)
     finished = trainer.run_until_done()
@@ -144,7 +162,7 @@ def _train(preset: str | None, config: Path | None, out: Path | None, resume: bo
         if state.step:
             console.print(f"go on with: fastgpt train --resume --out {run}", markup=False)
         return
-    if train_config.sample_tokens and not trainer.is_sharded:
+    if train_config.sample_tokens and not distributed.is_sharded(trainer.model):
         console.print("\na sample:\n", style="bold")
         tokenizer = trainer.dataset.tokenizer
         with trainer.backend:
@@ -171,6 +189,7 @@ def _train_signature() -> inspect.Signature:
             default=False,
             annotation=Annotated[bool, typer.Option("--resume", help="continue the run in --out")],
         ),
+        _option("checkpoint", str, "with --resume, the one to go on from: last (the default), best or step-N"),
     ]
     for config, panel in ((TrainConfig, "Training"), *((c, "Model") for c in MODEL_CONFIGS.values())):
         types = field_types(config)

@@ -12,6 +12,10 @@ class UserError(ValueError):
     """Something the user can put right: the command line prints it as one line and exits with 2."""
 
 
+class TrainingError(RuntimeError):
+    """The run cannot go on: the command line prints why as one line and exits with 1."""
+
+
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -22,10 +26,13 @@ def field_types(config: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(config)}
 
 
-def _check_at_least(config: Any, name: str, least: int) -> None:
+def _check_at_least(config: Any, name: str, least: int, bits: int = 31) -> None:
+    """``name`` is at least ``least`` and less than 2^``bits``: what comes from a file may ask for anything."""
     value = getattr(config, name)
     if not least <= value < float("inf"):
         raise UserError(f"{name} must be at least {least}, got {value}")
+    if value >= 2**bits:
+        raise UserError(f"{name} must be less than 2^{bits}, got {value}")
 
 
 def _check_types(config: Any) -> None:
@@ -40,6 +47,8 @@ def _check_types(config: Any) -> None:
         elif not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise UserError(f"{name} must be {_A_TYPE[wanted]}, got {value!r}")
 
+
+_SIZE_BITS = 24  # of a model's sizes: no product of two, in bytes, exceeds an int64
 
 _A_TYPE = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -73,7 +82,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
-            _check_at_least(self, name, 1)
+            _check_at_least(self, name, 1, _SIZE_BITS)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd must be a multiple of n_head, got n_embd {self.n_embd} and n_head {self.n_head}")
         if not 0 <= self.dropout < 1:
@@ -98,8 +107,8 @@ class BigramConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_at_least(self, "block_size", 1)
-        _check_at_least(self, "vocab_size", 1)
+        _check_at_least(self, "block_size", 1, _SIZE_BITS)
+        _check_at_least(self, "vocab_size", 1, _SIZE_BITS)
 
 
 ModelConfig = GPTConfig | BigramConfig
@@ -136,21 +145,34 @@ class TrainConfig:
     beta2: float = _option(0.99, "AdamW's decay of the squared gradient's mean")
     weight_decay: float = _option(0.1, "AdamW's weight decay, on matrices only")
     grad_clip: float = _option(1.0, "largest joint norm of the gradients; 0: no clipping")
-    eval_interval: int = _option(250, "steps between evaluations; each one writes a checkpoint")
+    eval_interval: int = _option(250, "steps between evaluations")
     eval_iters: int = _option(20, "batches averaged per evaluation and split")
     final_eval_iters: int = _option(200, "batches averaged in the last evaluation")
     log_interval: int = _option(10, "steps between lines of metrics.jsonl")
+    checkpoint_interval: int = _option(
+        0, "steps between checkpoints, beside those of the best evaluation and the end; 0: one with each evaluation"
+    )
+    keep: int = _option(2, "checkpoints that stay, counted from the last, beside the best")
     sample_tokens: int = _option(300, "tokens of generated text printed at the end; 0: none")
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("batch_size", "grad_accum", "max_iters", "eval_interval", "eval_iters", "final_eval_iters"):
+        for name in (
+            "grad_accum",
+            "max_iters",
+            "eval_interval",
+            "eval_iters",
+            "final_eval_iters",
+            "log_interval",
+            "keep",
+        ):
             _check_at_least(self, name, 1)
-        _check_at_least(self, "log_interval", 1)
-        for name in ("warmup_iters", "lr_decay_iters", "weight_decay", "grad_clip", "sample_tokens", "min_lr", "seed"):
+        _check_at_least(self, "batch_size", 1, 20)
+        for name in ("warmup_iters", "lr_decay_iters", "checkpoint_interval", "sample_tokens"):
             _check_at_least(self, name, 0)
-        if self.seed >= 2**63:
-            raise UserError(f"seed must be less than 2^63, got {self.seed}")
+        for name in ("weight_decay", "grad_clip", "min_lr"):
+            _check_at_least(self, name, 0)
+        _check_at_least(self, "seed", 0, 63)
         if not 0 < self.lr < float("inf"):
             raise UserError(f"lr must be greater than 0 and finite, got {self.lr}")
         for name in ("beta1", "beta2"):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,8 @@ class World:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        # What it says of blocks that return views holds where these are changed in place; the model changes nothing.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         mesh = init_device_mesh(device.type, (self.size,))
         for block in _blocks(model):
             fully_shard(block, mesh=mesh)
@@ -121,7 +124,7 @@ class World:
 
     def replicate(self, model: nn.Module, device: torch.device) -> nn.Module:
         """``model`` such that its gradients are averaged over the processes, as DDP does; a sharded one as it is."""
-        if self.size == 1 or _is_sharded(model):
+        if self.size == 1 or is_sharded(model):
             return model
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -190,22 +193,47 @@ def lost_a_process(error: RuntimeError) -> bool:
     return _world.size > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``World.shard`` has spread ``model``."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
 def gradient_sync(model: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
     """Forward and backward inside it average the gradients over the processes only if ``wanted``, else they add up."""
     if isinstance(model, DistributedDataParallel) and not wanted:
         return model.no_sync()
-    if _is_sharded(model):
+    if is_sharded(model):
         model.set_requires_gradient_sync(wanted)  # type: ignore[operator]
     return contextlib.nullcontext()
 
 
 def compiled(model: nn.Module) -> nn.Module:
     """``model`` under torch.compile as one graph; a sharded one, gathered between its blocks, as a graph of each."""
-    if not _is_sharded(model):
+    if not is_sharded(model):
         return torch.compile(model, fullgraph=True)  # type: ignore[return-value]
     for block in _blocks(model):
         block.compile(fullgraph=True)
     return model
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole of each tensor, in host memory of the main process; nothing in the others, which give their shards."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if _world.is_main:
+            found[name] = whole.detach().to("cpu", copy=True)
+    return found
+
+
+def as_spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of ``tensor``, which every process has, in fp32 and as ``like`` is: on its device, or spread as it is."""
+    if not hasattr(like, "device_mesh"):
+        return tensor.to(like.device, torch.float32, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.float(), mesh, placements, src_data_rank=None)
 
 
 def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> None:
@@ -213,14 +241,10 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> None:
     if not hasattr(grads[0], "to_local"):
         ops.clip_grad_norm_(grads, max_norm)
         return
-    shards = [grad.to_local() for grad in grads]
+    shards = [grad.to_local() for grad in grads]  # type: ignore[attr-defined]
     squared = ops.clip_grad_norm_(shards, math.inf).double().square()  # exact, so the sum has one rounding at most
     norm = _world.sum(squared).sqrt().float()
     torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return hasattr(model, "set_requires_gradient_sync")
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

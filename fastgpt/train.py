@@ -22,25 +22,33 @@ import fastgpt
 from fastgpt import dispatch, distributed
 from fastgpt.checkpoint import (
     CHECKPOINTS,
+    CheckpointWriter,
     RunState,
     build_model,
-    find_checkpoint,
+    go_back_to,
     load_training,
-    load_weights,
+    open_checkpoint,
     read_config,
-    read_state,
-    save_checkpoint,
+    restore_model,
+    what_stands,
     write_config,
 )
-from fastgpt.config import ModelConfig, TrainConfig, UserError
+from fastgpt.config import ModelConfig, TrainConfig, TrainingError, UserError, field_types
 from fastgpt.data import NAMED_TEXTS, Batches, Dataset, load_dataset
 from fastgpt.metrics import Metrics, plot_losses
 from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
 
-
-class TrainingError(RuntimeError):
-    """The run cannot go on: its loss is not a number."""
+# Settings that change nothing in what a run computes, but what is written and said about it.
+_ASIDE = {
+    "eval_interval",
+    "eval_iters",
+    "final_eval_iters",
+    "log_interval",
+    "checkpoint_interval",
+    "keep",
+    "sample_tokens",
+}
 
 
 class Trainer:
@@ -51,7 +59,8 @@ class Trainer:
         config: the run's settings.
         run: the folder that the run writes (see fastgpt.checkpoint and fastgpt.metrics).
         keep_vocab_size: take ``model_config.vocab_size`` as it is.
-        resume: go on from the last checkpoint in ``run``.
+        resume: go on from a checkpoint in ``run``, or begin anew where it was killed before the first.
+        checkpoint: which one: "last", "best" or "step-N".
         console: where lines and the progress bar go.
     Raises:
         UserError: settings, data or a folder that cannot be used; nothing has been written into ``run`` then.
@@ -65,6 +74,7 @@ class Trainer:
         *,
         keep_vocab_size: bool = False,
         resume: bool = False,
+        checkpoint: str = "last",
         console: Console | None = None,
     ) -> None:
         self.world = distributed.world()
@@ -75,7 +85,7 @@ class Trainer:
         self.device = pick_device(self.world.device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
         self.backend = pick_backend(config.backend, self.device, self.dtype)
-        tokenizer = read_config(run)[2] if resume else None
+        _, begun, tokenizer = read_config(run) if resume else (None, config, None)
         with self.world.local_first():
             self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
         found = self.dataset.name  # a path is kept as one that holds from any folder
@@ -85,22 +95,19 @@ class Trainer:
             model_config = _with_vocabulary(model_config, self.dataset, keep_vocab_size)
 
         torch.manual_seed(config.seed)
-        self.model = build_model(model_config)
-        self.state = RunState()
-        if resume:
-            folder = find_checkpoint(run)
-            self.state = read_state(folder)
+        folder, self.state = None, RunState()
+        if resume and ((run / CHECKPOINTS).exists() or checkpoint != "last"):
+            folder, self.state = open_checkpoint(run, checkpoint)
             if self.state.step >= config.max_iters:
                 raise UserError(f"{run}: this run is at step {self.state.step} already: --max-iters gives it more")
-            load_weights(self.model, folder / "model.safetensors")
-        self.is_sharded = config.parallel == "fsdp" and self.world.size > 1
-        if self.is_sharded:
+        self.model = restore_model(model_config, folder) if folder else build_model(model_config)
+        if config.parallel == "fsdp" and self.world.size > 1:
             self.world.shard(self.model, self.device)
         else:
             self.model.to(self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if resume:
+        if folder:
             load_training(folder, self.model, self.optimizer)
             if self.state.scaler:  # empty if the run was not in fp16 until now
                 self.scaler.load_state_dict(self.state.scaler)
@@ -116,11 +123,16 @@ class Trainer:
         self._stop = False
 
         self.run = run
+        self._writer = CheckpointWriter(run, config.keep)
+        if resume:
+            self._say_what_changed(begun)
         if self.world.is_main:
             run.mkdir(parents=True, exist_ok=True)
+            if folder:
+                go_back_to(run, folder.name)
             versions = {"fastgpt": fastgpt.__version__, "torch": torch.__version__}
             write_config(run, model_config, config, self.dataset.tokenizer, versions)
-            self._metrics = Metrics(run, self.state.step if resume else -1)
+            self._metrics = Metrics(run, self.state.step if folder else -1)
 
     @property
     def tokens_per_s(self) -> float:
@@ -143,30 +155,34 @@ class Trainer:
         """Train up to ``max_iters``. False if SIGINT or SIGTERM ended it before, after a checkpoint.
 
         Raises:
-            TrainingError: the loss became NaN or infinite; the checkpoint before stands.
+            TrainingError: the loss or a weight became NaN or infinite, or a checkpoint cannot be written; the one
+                before stands.
         """
         config, state = self.config, self.state
         self._forward = self.world.replicate(self._forward, self.device)
         self._began = time.monotonic() - state.elapsed_s
-        with self.backend, self._stop_on_signal(), _progress(self.console) as bar:
+        with self.backend, self._stop_on_signal(), self._writer, _progress(self.console) as bar:
             task = bar.add_task("training", total=config.max_iters, completed=state.step, speed="", loss="")
             if state.step == 0:
                 self._evaluate(config.eval_iters)
             self._start_clock()
-            while state.step < config.max_iters and not self.world.any(self._stop):
+            ending = self.world.any(self._stop)
+            while not ending:
                 self._step()
                 done = state.step == config.max_iters
+                ending = self.world.any(done or self._stop)
                 evaluating = done or state.step % config.eval_interval == 0
-                if evaluating or state.step % config.log_interval == 0:
+                saving = ending or state.step % (config.checkpoint_interval or config.eval_interval) == 0
+                if evaluating or saving or state.step % config.log_interval == 0:
                     self._log(bar, task)
-                if evaluating:
-                    best = self._evaluate(config.final_eval_iters if done else config.eval_iters)
-                    self._save(best)
+                best = evaluating and self._evaluate(config.final_eval_iters if done else config.eval_iters)
+                if best or saving:
+                    state.scaler = self.scaler.state_dict()
+                    self._writer.save(state, self.model, self.optimizer, best)
+                if evaluating or saving:
                     self._start_clock()
+                self._writer.raise_if_failed()
                 bar.update(task, completed=state.step)
-            if 0 < state.step < config.max_iters:
-                self._log(bar, task)
-                self._save(best=False)
         return state.step == config.max_iters
 
     def _step(self) -> None:
@@ -189,6 +205,7 @@ class Trainer:
             The mean loss over the micro batches, a scalar in fp32.
         """
         loss = self._accumulate(x, y)
+        self._writer.before_update()
         self._update(lr)
         return loss
 
@@ -257,9 +274,10 @@ class Trainer:
     def _require_finite(self, loss: float, step: int) -> None:
         if math.isfinite(loss):
             return
-        kept = "the last checkpoint stands" if (self.run / CHECKPOINTS).exists() else "no checkpoint was written yet"
+        self._writer.wait()  # one that is under way will stand
+        self.world.any(False)  # no process speaks before the writing one is that far
         raise TrainingError(
-            f"the loss became {loss} at step {step}, so the run was stopped; {kept} in {self.run} "
+            f"the loss became {loss} at step {step}, so the run was stopped; {what_stands(self.run)} "
             "(a lower --lr, a longer --warmup-iters or --dtype fp32 may help)"
         )
 
@@ -276,10 +294,6 @@ class Trainer:
             elapsed_s=self.state.elapsed_s,
             batches=batches,
         )
-
-    def _save(self, best: bool) -> None:
-        self.state.scaler = self.scaler.state_dict()
-        save_checkpoint(self.run, self.state, self.model, self.optimizer, best)
 
     @contextlib.contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
@@ -301,6 +315,16 @@ class Trainer:
             yield
         finally:
             restore()
+
+    def _say_what_changed(self, begun: TrainConfig) -> None:
+        """One line where the run goes on with other settings than it was ``begun`` with, unless they are _ASIDE."""
+        before_and_now = [
+            f"{name} {getattr(begun, name)!r} -> {getattr(self.config, name)!r}"
+            for name in field_types(TrainConfig)
+            if name not in _ASIDE and getattr(begun, name) != getattr(self.config, name)
+        ]
+        if before_and_now:
+            self._warn(f"from step {self.state.step} on this is another run: {', '.join(before_and_now)}")
 
     def _warn(self, message: str) -> None:
         self.console.print(message, style="yellow", markup=False, highlight=False)

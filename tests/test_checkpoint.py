@@ -1,23 +1,26 @@
 import contextlib
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fastgpt import GPT, GPTConfig, checkpoint
 from fastgpt.checkpoint import (
     RunState,
+    Snapshot,
+    checkpoint_names,
     find_checkpoint,
     load_model,
     load_training,
     read_config,
-    save_checkpoint,
+    write_checkpoint,
     write_config,
 )
-from fastgpt.config import TrainConfig, UserError
+from fastgpt.config import TrainConfig, TrainingError, UserError
 from fastgpt.files import write_atomically
 from fastgpt.optim import build_optimizer
 from fastgpt.tokenizer import CharTokenizer
@@ -39,9 +42,9 @@ def stepped_model():
     return model, optimizer
 
 
-def save(run: Path, step: int, best: bool = False):
+def save(run: Path, step: int, best: bool = False, keep: int = 1):
     model, optimizer = stepped_model()
-    save_checkpoint(run, RunState(step=step), model, optimizer, best)
+    write_checkpoint(run, Snapshot.take(RunState(step=step), model, optimizer), best, keep)
     return model, optimizer
 
 
@@ -71,12 +74,40 @@ def test_the_optimizer_and_the_random_state_come_back(run):
     assert loaded.param_groups[0]["step"] == 1
 
 
-def test_only_what_is_pointed_at_is_kept(run):
+@pytest.mark.parametrize(("keep", "kept"), [(1, [3, 5]), (2, [3, 4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_the_last_ones_are_kept_beside_the_best(run, keep, kept):
     for step, best in ((1, True), (2, False), (3, True), (4, False), (5, False)):
-        save(run, step, best)
+        save(run, step, best, keep)
     assert find_checkpoint(run, "last").name == "step-00000005"
     assert find_checkpoint(run, "best").name == "step-00000003"
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000005"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-0000000{step}" for step in kept]
+    assert find_checkpoint(run, "step-3") == find_checkpoint(run, "step-00000003") == find_checkpoint(run, "best")
+    with pytest.raises(
+        UserError, match=r"there is no checkpoint step-00000007; there is .*step-00000003, .*step-00000005"
+    ):
+        find_checkpoint(run, "step-7")
+    with pytest.raises(UserError, match=r"there is no checkpoint \.\./x; there is "):
+        find_checkpoint(run, "../x")
+
+
+def test_the_sums_are_those_that_sha256sum_checks(run):
+    save(run, 1)
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum")
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=find_checkpoint(run), check=True)
+
+
+@pytest.mark.parametrize("what", ["weight", "moment"])
+def test_a_checkpoint_that_nobody_could_go_on_from_is_not_written(run, what):
+    save(run, 1)
+    model, optimizer = stepped_model()
+    p = model.transformer.wpe.weight
+    (p.data if what == "weight" else optimizer.state[p]["exp_avg_sq"])[0, 0] = float("inf")
+    with pytest.raises(
+        TrainingError, match=r"wpe.weight became NaN or infinite by step 2, .*; step-00000001 stands in"
+    ):
+        write_checkpoint(run, Snapshot.take(RunState(step=2), model, optimizer), True, 1)
+    assert checkpoint_names(run) == ["step-00000001"]
 
 
 class Killed(BaseException):
@@ -104,6 +135,7 @@ def calls_that_change_files(run: Path, monkeypatch, stop_at: int | None) -> int:
             (Path, "rename"),
             (Path, "mkdir"),
             (Path, "write_bytes"),
+            (Path, "write_text"),
             (shutil, "rmtree"),
             (checkpoint, "save_file"),
         ):
@@ -123,7 +155,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_that_reads(run, monkeypatch):
         again = run.parent / f"killed-{moment}"
         shutil.copytree(run.parent / "before", again)
         calls_that_change_files(again, monkeypatch, moment)
-        for which in ("last", "best"):
+        for which in ("last", "best", *checkpoint_names(again)):
             model, _, _, state = load_model(again, which)
             load_training(find_checkpoint(again, which), model, build_optimizer(model, TrainConfig()))
             seen.add(state.step)
@@ -169,37 +201,33 @@ class TestDamage:
             ("config.json", b'{"model": {"type": ["gpt"]}, "train": {}}', "the model's type must be one of"),
             ("checkpoints.json", b'{"best": 3}', "damaged: best must be the name of a checkpoint, got 3"),
             ("checkpoints.json", b'{"best": "../../x"}', "damaged: best must be the name of a checkpoint"),
-            ("CHECKPOINT/state.json", b"{}", "state.json: damaged: it must hold best_val_loss"),
-            (
-                "CHECKPOINT/state.json",
-                b'{"step": "x", "train_loss": 1, "val_loss": 1, "best_val_loss": 1, "elapsed_s": 1, "scaler": {}}',
-                "state.json: damaged: a value has the wrong type",
-            ),
-            ("CHECKPOINT/model.safetensors", b"garbage", "model.safetensors: cannot be read"),
         ],
     )
     def test_a_damaged_file_is_named(self, run, file, content, sentence):
         save(run, 1, best=True)
-        path = find_checkpoint(run) / Path(file).name if "CHECKPOINT" in file else run / file
-        path.write_bytes(content)
+        (run / file).write_bytes(content)
         with pytest.raises(UserError, match=sentence):
             load_model(run)
 
-    def test_a_truncated_checkpoint_is_named(self, run):
-        save(run, 1, best=True)
-        path = find_checkpoint(run) / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-10])
-        with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
-            load_model(run)
-
-    def test_wrong_tensors_are_named(self, run):
-        save(run, 1, best=True)
-        path = find_checkpoint(run) / "model.safetensors"
-        tensors = load_file(path)
-        save_file(tensors | {"transformer.wpe.weight": torch.zeros(9, 8)}, path)
-        with pytest.raises(UserError, match=r"transformer.wpe.weight must have shape \(8, 8\), got \(9, 8\)"):
-            load_model(run)
-        del tensors["transformer.ln_f.weight"]
-        save_file(tensors, path)
-        with pytest.raises(UserError, match=r"damaged: it lacks transformer.ln_f.weight"):
-            load_model(run)
+    @pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "state.json"])
+    @pytest.mark.parametrize("damage", ["truncated", "a bit", "missing"])
+    def test_a_damaged_checkpoint_is_named_and_another_offered(self, run, file, damage):
+        save(run, 1)
+        save(run, 2, keep=2)
+        path = find_checkpoint(run) / file
+        if damage == "truncated":
+            path.write_bytes(path.read_bytes()[:-10])
+        elif damage == "a bit":
+            content = path.read_bytes()
+            path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        else:
+            path.unlink()
+        why = "there is no such file" if damage == "missing" else "its sha256 is not the one in SHA256SUMS"
+        with pytest.raises(
+            UserError, match=rf"step-00000002/{file}: damaged: {why}; --checkpoint step-00000001 is whole"
+        ):
+            load_model(run, "last")
+        assert load_model(run, "step-1")[3].step == 1
+        (run / "checkpoints/step-00000001/state.json").write_bytes(b"{}")
+        with pytest.raises(UserError, match=rf"{file}: damaged: {why}; no other checkpoint is whole"):
+            load_model(run, "last")

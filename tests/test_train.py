@@ -9,13 +9,13 @@ from conftest import preferred_on_cpu
 from rich.console import Console
 
 from fastgpt import GPTConfig, dispatch, ops
-from fastgpt.checkpoint import find_checkpoint, load_model, read_config
-from fastgpt.config import BigramConfig, TrainConfig, UserError
+from fastgpt.checkpoint import checkpoint_names, find_checkpoint, load_model, read_config
+from fastgpt.config import BigramConfig, TrainConfig, TrainingError, UserError
 from fastgpt.metrics import Metrics, read_metrics
 from fastgpt.model import GPT
 from fastgpt.optim import AdamW, build_optimizer, learning_rate
 from fastgpt.placement import pick_device, pick_dtype
-from fastgpt.train import Trainer, TrainingError
+from fastgpt.train import Trainer
 
 MODEL = GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
 CONFIG = TrainConfig(
@@ -61,6 +61,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path):
         "model.safetensors",
         "training.safetensors",
         "state.json",
+        "SHA256SUMS",
     }
     lines = read_metrics(run)
     for line in lines:
@@ -161,7 +162,7 @@ def test_a_loss_that_is_no_number_stops_the_run_by_its_step(tmp_path, monkeypatc
 
     forward.eval, forward.train = t.model.eval, t.model.train
     t._forward = forward
-    with pytest.raises(TrainingError, match=f"the loss became {value} at step 13, .* the last checkpoint stands"):
+    with pytest.raises(TrainingError, match=f"the loss became {value} at step 13, .* step-00000010 stands in"):
         t.run_until_done()
     assert load_model(tmp_path / "run", "last")[3].step == 10
     assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path / "run"))
@@ -292,7 +293,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     assert best.step == min(vals, key=vals.get) < 20
     assert best.val_loss == min(vals.values())
     assert load_model(tmp_path / "run", "last")[3].step == 20
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+    assert checkpoint_names(tmp_path / "run") == [f"step-{step:08d}" for step in sorted({best.step, 18, 20})]
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):

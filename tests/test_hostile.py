@@ -1,0 +1,264 @@
+"""A run's folder from someone who means harm: each refused in one sentence, nothing executed, memory bounded."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.checkpoint import (
+    FILES,
+    SUMS,
+    RunState,
+    Snapshot,
+    load_model,
+    load_training,
+    open_checkpoint,
+    write_checkpoint,
+    write_config,
+)
+from fastgpt.config import TrainConfig, UserError
+from fastgpt.files import sha256_of
+from fastgpt.optim import build_optimizer
+from fastgpt.tokenizer import CharTokenizer
+
+CONFIG = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8)
+STEP = "checkpoints/step-00000001"
+MODEL, TRAINING, STATE = (f"{STEP}/{name}" for name in FILES)
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+
+
+class Bomb:
+    """Unpickled, it leaves the file ``exploded``."""
+
+    def __init__(self, exploded: Path) -> None:
+        self.exploded = exploded
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.exploded),)
+
+
+def raw(header: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header
+
+
+def edit_json(name: str, **changes: object) -> Callable[[Path], None]:
+    def edit(run: Path) -> None:
+        path = run / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def edit_config(section: str, **changes: object) -> Callable[[Path], None]:
+    def edit(run: Path) -> None:
+        settings = json.loads((run / "config.json").read_text())
+        edit_json("config.json", **{section: {**settings[section], **changes}})(run)
+
+    return edit
+
+
+def edit_tensors(
+    name: str, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> Callable[[Path], None]:
+    return lambda run: save_file(edit(load_file(run / name)), run / name)
+
+
+def with_nan(name: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: {**tensors, name: torch.full_like(tensors[name], float("nan"))}
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda run: (run / name).write_bytes(content)
+
+
+def link_elsewhere(name: str) -> Callable[[Path], None]:
+    def link(run: Path) -> None:
+        (run / name).rename(run / "elsewhere")
+        (run / name).symlink_to(run / "elsewhere")
+
+    return link
+
+
+def pipe(run: Path) -> None:
+    (run / MODEL).unlink()
+    os.mkfifo(run / MODEL)
+
+
+def add_a_line_of_sums(run: Path) -> None:
+    sum_again(run)
+    with (run / STEP / SUMS).open("a") as file:
+        file.write(f"{'0' * 64}  ../../../passwd\n")
+
+
+def sum_again(run: Path) -> None:
+    (run / STEP / SUMS).write_text("".join(f"{sha256_of(run / STEP / name)}  {name}\n" for name in FILES))
+
+
+# What is done to a run, and what is said of it. The sums are those of what was done, but where they are the matter.
+HARM: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda run: os.truncate(run / MODEL, 500), "model.safetensors: cannot be read: "),
+    "empty": (write(MODEL, b""), "model.safetensors: cannot be read: "),
+    "wrong shapes": (
+        edit_tensors(MODEL, lambda t: {**t, "transformer.ln_f.weight": torch.ones(9)}),
+        "transformer.ln_f.weight must have shape (8,), got (9,)",
+    ),
+    "a shape of many zeros": (
+        edit_tensors(MODEL, lambda t: {**t, "transformer.ln_f.weight": torch.ones(0, 1 << 40)}),
+        "transformer.ln_f.weight must have shape (8,), got (0, 1099511627776)",
+    ),
+    "NaN weights": (
+        edit_tensors(MODEL, with_nan("transformer.wpe.weight")),
+        "damaged: transformer.wpe.weight holds a NaN or an infinity",
+    ),
+    "NaN moments": (
+        edit_tensors(TRAINING, with_nan("exp_avg.transformer.wpe.weight")),
+        "damaged: exp_avg.transformer.wpe.weight holds a NaN or an infinity",
+    ),
+    "moments of another shape": (
+        edit_tensors(TRAINING, lambda t: {**t, "exp_avg_sq.transformer.wpe.weight": torch.ones(8, 9)}),
+        "exp_avg_sq.transformer.wpe.weight must have shape (8, 8), got (8, 9)",
+    ),
+    "a generator's state of garbage": (
+        edit_tensors(TRAINING, lambda t: {**t, "rng.cpu": torch.full_like(t["rng.cpu"], 255)}),
+        "training.safetensors: damaged: not the state of a random generator: ",
+    ),
+    "a generator's state that is short": (
+        edit_tensors(TRAINING, lambda t: {**t, "rng.cpu": torch.zeros(7, dtype=torch.uint8)}),
+        "rng.cpu must have shape (5056,), got (7,)",
+    ),
+    "a header of 10^12 bytes": (write(MODEL, raw(b"{}", 10**12)), "its header would have 1,000,000,000,000 bytes"),
+    "names with ../": (
+        edit_tensors(MODEL, lambda t: {f"../../{name}": tensor for name, tensor in t.items()}),
+        "damaged: it lacks ",
+    ),
+    "a pickle": (lambda run: (run / MODEL).write_bytes(pickle.dumps(Bomb(run / "exploded"))), "not a safetensors file"),
+    "a pickle of torch's": (
+        lambda run: torch.save({"model": Bomb(run / "exploded")}, run / MODEL),
+        "not a safetensors file",
+    ),
+    "a pickle for JSON": (
+        lambda run: (run / STATE).write_bytes(pickle.dumps(Bomb(run / "exploded"))),
+        "state.json: cannot be read",
+    ),
+    "JSON without end": (write(STATE, b"[" * 10**6), "state.json: cannot be read"),
+    "another step": (edit_json(STATE, step=2), "state.json: damaged: a value has the wrong type"),
+    "a step beyond all numbers": (edit_json(STATE, step=10**30), "state.json: damaged: a value has the wrong type"),
+    "a loss that is none": (edit_json(STATE, val_loss=float("nan")), "state.json: damaged: a value has the wrong type"),
+    "a scaler of texts": (edit_json(STATE, scaler={"scale": "x"}), "state.json: damaged: a value has the wrong type"),
+    "a pointer with ../": (
+        edit_json("checkpoints.json", last="../../step-00000001"),
+        "checkpoints.json: damaged: last must be the name of a checkpoint",
+    ),
+    "a pointer to nothing": (
+        edit_json("checkpoints.json", last="step-00000007"),
+        "there is no checkpoint step-00000007; there is step-00000001",
+    ),
+    "sums with ../": (add_a_line_of_sums, "SHA256SUMS: damaged: it must name model.safetensors, "),
+    "sums of another": (
+        write(f"{STEP}/{SUMS}", b"0" * 64 + b"  model.safetensors\n"),
+        "model.safetensors: damaged: its sha256 is not the one in SHA256SUMS",
+    ),
+    "a linked file": (link_elsewhere(MODEL), "model.safetensors: damaged: there is no such file"),
+    "a linked checkpoint": (link_elsewhere(STEP), "there is no checkpoint step-00000001; there is none"),
+    "a pipe": (pipe, "model.safetensors: damaged: there is no such file"),
+    "2^23 layers": (edit_config("model", n_layer=1 << 23), "the settings ask for 8388608 layers, but the file holds"),
+    "10^30 layers": (edit_config("model", n_layer=10**30), "n_layer must be less than 2^24"),
+    "a width of 2^23": (edit_config("model", n_embd=1 << 23), "must have shape (5, 8388608), got (5, 8)"),
+    "a vocabulary of 2^23": (edit_config("model", vocab_size=1 << 23), "must have shape (8388608, 8), got (5, 8)"),
+    "rows without end": (edit_config("model", vocab_multiple=1 << 23), "must have shape (8388608, 8), got (5, 8)"),
+    "a context of 2^23": (edit_config("model", block_size=1 << 23), "must have shape (8388608, 8), got (8, 8)"),
+    "batches of 10^30": (edit_config("train", batch_size=10**30), "batch_size must be less than 2^20"),
+    "an infinite rate": (edit_config("train", lr=float("inf")), "lr must be greater than 0 and finite"),
+}
+SUMS_AS_THEY_ARE = ("sums with ../", "sums of another", "a linked checkpoint", "a pipe")
+
+KIB = 1024
+MOST = 64 * KIB  # in KiB, beyond what the process has before
+
+
+def say_why(runs: list[Path], answers: multiprocessing.Queue) -> None:
+    """What is said of each run, or "read"; where memory is bounded."""
+    torch.set_num_threads(1)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + 4 * MOST * KIB  # addresses, of which a thread takes some
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    said = []
+    for run in runs:
+        try:
+            model, _, train, _ = load_model(run, "last")
+            load_training(open_checkpoint(run)[0], model, build_optimizer(model, train))
+            said.append("read")
+        except UserError as error:
+            said.append(str(error))
+    answers.put((said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_config(run, CONFIG, TrainConfig(), CharTokenizer("abcde"), {"fastgpt": "0"})
+    model = GPT(CONFIG)
+    optimizer = build_optimizer(model, TrainConfig())
+    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]))[1].backward()
+    optimizer.step()
+    write_checkpoint(run, Snapshot.take(RunState(step=1), model, optimizer), True, 1)
+    return run
+
+
+def test_each_is_refused_in_one_sentence_with_nothing_executed_in_bounded_memory(run, tmp_path):
+    runs = {"": run}
+    for name, (do, _) in HARM.items():
+        runs[name] = tmp_path / name.replace("/", "|")
+        shutil.copytree(run, runs[name])
+        do(runs[name])
+        if name not in SUMS_AS_THEY_ARE:
+            sum_again(runs[name])
+    answers = PROCESSES.Queue()
+    process = PROCESSES.Process(target=say_why, args=(list(runs.values()), answers))
+    process.start()
+    said, memory = answers.get(timeout=60)
+    process.join()
+    assert said[0] == "read"
+    for (name, (_, sentence)), answer in zip(HARM.items(), said[1:], strict=True):
+        assert sentence in answer, f"{name}: {answer}"
+        assert "\n" not in answer, name
+        assert not (runs[name] / "exploded").exists(), name
+    assert memory < MOST, f"{memory} KiB"
+
+
+def test_a_bomb_explodes_where_it_is_unpickled(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "exploded")))
+    assert (tmp_path / "exploded").exists()
+
+
+def test_what_a_link_leads_to_is_not_deleted(run, tmp_path):
+    """A checkpoint's place may be a link to another disk; what lies there beside checkpoints stays."""
+    elsewhere = tmp_path / "elsewhere"
+    (run / "checkpoints").rename(elsewhere)
+    (run / "checkpoints").symlink_to(elsewhere)
+    (elsewhere / "thesis").mkdir()
+    (tmp_path / "photos").mkdir()
+    (elsewhere / "step-00000000").symlink_to(tmp_path / "photos")
+    model = load_model(run)[0]
+    optimizer = build_optimizer(model, TrainConfig())
+    load_training(open_checkpoint(run)[0], model, optimizer)
+    for step in (2, 3):
+        write_checkpoint(run, Snapshot.take(RunState(step=step), model, optimizer), True, 1)
+    assert {path.name for path in elsewhere.iterdir()} == {"thesis", "step-00000000", "step-00000003"}
+    assert (tmp_path / "photos").exists()

@@ -1,0 +1,288 @@
+"""Runs that are killed, stopped or short of room: they go on, to the bytes of a run that was left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastgpt import GPTConfig, checkpoint
+from fastgpt import train as training
+from fastgpt.checkpoint import checkpoint_names, find_checkpoint, load_model, open_checkpoint, read_config
+from fastgpt.config import TrainConfig, TrainingError, UserError
+from fastgpt.metrics import read_metrics
+from fastgpt.train import Trainer
+
+MODEL = GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
+CONFIG = TrainConfig(
+    device="cpu",
+    batch_size=3,
+    grad_accum=2,
+    max_iters=40,
+    lr=1e-2,
+    min_lr=1e-3,
+    warmup_iters=4,
+    eval_interval=8,
+    eval_iters=2,
+    final_eval_iters=3,
+    log_interval=3,
+    checkpoint_interval=5,
+)
+
+# Killed processes are forked from one that has loaded everything: loading takes seconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+
+
+@pytest.fixture(autouse=True)
+def text(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(training, "plot_losses", lambda run: None)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
+
+
+def trainer(run: Path, checkpoint: str = "last", **changes: Any) -> Trainer:
+    """Of a new run, or of the one in the folder."""
+    resume = (run / "config.json").exists()
+    config = dataclasses.replace(
+        read_config(run)[1] if resume else CONFIG, data=str(run.parent / "text.txt"), **changes
+    )
+    model = read_config(run)[0] if resume else MODEL
+    console = Console(file=(run.parent / "console.txt").open("a"), width=200)
+    return Trainer(model, config, run, resume=resume, checkpoint=checkpoint, console=console)
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What a run left, byte for byte, but for the time it took."""
+    folder, _ = open_checkpoint(run)
+    state = json.loads((folder / "state.json").read_text())
+    del state["elapsed_s"]
+    return {
+        "weights": (folder / "model.safetensors").read_bytes(),
+        "training": (folder / "training.safetensors").read_bytes(),
+        "state": state,
+        "losses": [[line[name] for name in ("step", "split", "loss", "lr", "batches")] for line in read_metrics(run)],
+        "checkpoints": [*checkpoint_names(run), (run / "checkpoints.json").read_text()],
+    }
+
+
+def before_each(call: Callable[..., Any], do: Callable[[], None]) -> Callable[..., Any]:
+    def both(*args: Any) -> Any:
+        do()
+        return call(*args)
+
+    return both
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_step(step: int, t: Trainer) -> None:
+    t._step = before_each(t._step, lambda: die() if t.state.step == step else None)  # type: ignore[method-assign]
+
+
+def die_when_syncing(number: int, t: Trainer) -> None:
+    """On a slow disk, in the writer's thread."""
+    count = iter(range(number))
+
+    def wait_or_die() -> None:
+        time.sleep(0.01)
+        if next(count, None) is None:
+            die()
+
+    checkpoint.sync = before_each(checkpoint.sync, wait_or_die)
+
+
+def on_a_slow_disk(t: Trainer) -> None:
+    checkpoint.sync = before_each(checkpoint.sync, lambda: time.sleep(0.003))
+
+
+def train_in_a_process(run: Path, prepare: Callable[[Trainer], None] | None, changes: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    training.plot_losses = lambda run: None
+    t = trainer(run, **changes)
+    if prepare:
+        prepare(t)
+    t.run_until_done()
+
+
+def start(run: Path, prepare: Callable[[Trainer], None] | None = None, **changes: Any) -> Any:
+    process = PROCESSES.Process(target=train_in_a_process, args=(run, prepare, changes))
+    process.start()
+    return process
+
+
+def exit_code(process: Any) -> int:
+    process.join(120)
+    return process.exitcode
+
+
+class At:
+    """``function(argument, trainer)`` as a function of the trainer that can be sent to a process."""
+
+    def __init__(self, function: Callable[..., None], argument: int) -> None:
+        self.function, self.argument = function, argument
+
+    def __call__(self, t: Trainer) -> None:
+        self.function(self.argument, t)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_run_killed_at_step_23_and_resumed_leaves_the_same_bytes(tmp_path, backend):
+    assert exit_code(start(tmp_path / "killed", At(die_at_step, 23), backend=backend)) == -signal.SIGKILL
+    assert open_checkpoint(tmp_path / "killed")[1].step in (15, 20)  # 20 may not have been whole yet
+    assert exit_code(start(tmp_path / "killed")) == 0
+    trainer(tmp_path / "whole", backend=backend).run_until_done()
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "syncs", [7, pytest.param(5, marks=pytest.mark.full), pytest.param(12, marks=pytest.mark.full)]
+)
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, syncs):
+    run = tmp_path / "killed"
+    assert exit_code(start(run, At(die_when_syncing, syncs))) == -signal.SIGKILL
+    left = checkpoint_names(run)
+    assert all(open_checkpoint(run, name) for name in left)
+    trainer(run).run_until_done()
+    trainer(tmp_path / "whole").run_until_done()
+    assert outcome(run) == outcome(tmp_path / "whole")
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.full
+def test_runs_killed_at_25_random_moments_leave_the_same_bytes(tmp_path):
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    often = {"checkpoint_interval": 1, "eval_interval": 6}
+    began = time.monotonic()
+    assert exit_code(start(tmp_path / "whole", on_a_slow_disk, **often)) == 0
+    seconds = time.monotonic() - began
+    wanted = outcome(tmp_path / "whole")
+    kills = 0
+    steps = set()
+    run = tmp_path / "run-0"
+    while kills < 25:
+        process = start(run, on_a_slow_disk, **often)
+        process.join(moments.uniform(0, seconds))
+        process.kill()
+        killed = exit_code(process) != 0
+        if killed:
+            kills += 1
+            if (run / "checkpoints.json").exists():
+                steps.add(open_checkpoint(run)[1].step)
+        else:  # this one came through, killed a few times or never
+            assert outcome(run) == wanted
+            run = tmp_path / f"run-{kills}"
+    assert exit_code(start(run)) == 0
+    assert outcome(run) == wanted
+    assert len(steps) > 5, "the kills did not fall into the runs"
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_beginning(tmp_path):
+    assert exit_code(start(tmp_path / "killed", At(die_at_step, 4))) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "checkpoints.json").exists()
+    trainer(tmp_path / "killed").run_until_done()
+    trainer(tmp_path / "whole").run_until_done()
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_a_run_may_go_back_to_an_earlier_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    trainer(run, keep=4).run_until_done()
+    whole = outcome(run)
+    assert {f"step-000000{step}" for step in (25, 30, 35, 40)} <= set(checkpoint_names(run))
+    t = trainer(run, checkpoint="step-30")
+    assert find_checkpoint(run).name == "step-00000030"
+    assert max(line["step"] for line in read_metrics(run)) == 30
+    assert t.run_until_done() is True
+    again = outcome(run)
+    assert again.pop("checkpoints")[-2:] == whole.pop("checkpoints")[-2:]
+    assert again == whole
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    t = trainer(tmp_path / "run", max_iters=9)
+    gone_on = threading.Event()
+    real = checkpoint._fill
+    weights = {}
+
+    def fill(folder, snapshot):
+        assert gone_on.wait(30), "the run waited for its checkpoint"
+        real(folder, snapshot)
+
+    def watch():
+        if t.state.step == 5:
+            weights.update({name: p.detach().clone() for name, p in t.model.named_parameters()})
+        if t.state.step == 8:
+            gone_on.set()
+
+    monkeypatch.setattr(checkpoint, "_fill", fill)
+    t._step = before_each(t._step, watch)
+    t.run_until_done()
+    model, _, _, state = load_model(tmp_path / "run", "step-5")
+    assert state.step == 5
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())  # and not those of step 8
+
+
+def test_a_disk_without_room_ends_the_run_with_its_reason(tmp_path):
+    run = tmp_path / "run"
+    t = trainer(run)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    t._step = before_each(
+        t._step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if t.state.step > 7 else soft, hard))
+    )
+    try:
+        with pytest.raises(
+            TrainingError,
+            match=r"the checkpoint of step 10 could not be written \(.*File too large.*\), so the run was stopped; "
+            r"step-0000000[58] stands in",
+        ):
+            t.run_until_done()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert t.state.step < 40
+    assert open_checkpoint(run)[1].step in (5, 8)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == checkpoint_names(run)
+    trainer(run).run_until_done()
+
+
+def test_a_damaged_checkpoint_is_named_and_another_offered(tmp_path):
+    run = tmp_path / "run"
+    trainer(run).run_until_done()
+    path = find_checkpoint(run) / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(
+        UserError,
+        match=r"step-00000040/training\.safetensors: damaged: its sha256 .*; --checkpoint step-00000035 is whole",
+    ):
+        trainer(run, max_iters=50)
+    assert trainer(run, checkpoint="step-35", max_iters=50).run_until_done() is True
+    assert open_checkpoint(run)[1].step == 50
+
+
+def test_other_settings_are_said_unless_they_change_nothing(tmp_path):
+    run = tmp_path / "run"
+    t = trainer(run)
+    t._step = before_each(t._step, lambda: setattr(t, "_stop", t.state.step == 4))
+    assert t.run_until_done() is False
+    trainer(run, keep=3, eval_iters=1, log_interval=1)
+    assert "another run" not in (tmp_path / "console.txt").read_text()
+    assert trainer(run, lr=0.02, max_iters=7, batch_size=2).run_until_done() is True
+    said = (tmp_path / "console.txt").read_text()
+    assert "from step 5 on this is another run: batch_size 3 -> 2, max_iters 40 -> 7, lr 0.01 -> 0.02" in said
