@@ -393,7 +393,7 @@ def _lines_picture(
     units: tuple[str, str],
     words: tuple[str, str, str, str],
 ) -> Picture:
-    """A line for each competitor, dashed where it is compiled, on two logarithmic axes.
+    """A line for each competitor, dashed where it is compiled or has no cache, on two logarithmic axes.
 
     Args:
         words: the file's name, the title, and what stands at the axes.
@@ -414,7 +414,7 @@ def _lines_picture(
             [x(row) for row in of_one],
             [y(row) for row in of_one],
             color=colour,
-            linestyle="--" if first.get("mode") == "compile" else "-",
+            linestyle="-" if first.get("mode", "eager") == "eager" else "--",
             marker="o" if is_ours(first) else "s",
             markersize=4,
             linewidth=1.4,

@@ -1,10 +1,10 @@
 """`fastgpt bench generate`: tokens per second of generation, by batch and by the length of the context.
 
-A case is a model, a context of random tokens, a batch and a dtype. Its competitors, each backend of fastgpt and, where
-there is a checkout, nanoGPT's own ``generate``, have the same weights. Each first continues the context by its most
-probable tokens: wherever plain PyTorch, in fp32, finds another token far more probable, the competitor is named as
-wrong and never timed. Then they take turns at drawing the same number of tokens. The first token alone, for which the
-whole context is read, is timed likewise.
+A case is a model, a context of random tokens, a batch and a dtype. Its competitors, each backend of fastgpt with a
+cache of keys and values and without, and, where there is a checkout, nanoGPT's own ``generate``, have the same weights.
+Each first continues the context by its most probable tokens: wherever plain PyTorch, in fp32, finds another token far
+more probable, the competitor is named as wrong and never timed. Then they take turns at drawing the same number of
+tokens. The first token alone, for which the whole context is read, is timed likewise.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastgpt import GPT, use_backend
 from fastgpt.benchmarks import models, session
+from fastgpt.benchmarks.compare import competitor_of
 from fastgpt.benchmarks.harness import (
     FEWEST_ROUNDS,
     Ceilings,
@@ -43,6 +44,7 @@ CASE_SECONDS = 60.0  # beyond the fewest rounds
 CHECKED_TOKENS = 4
 # By how much the logit of a token that was taken may be below the largest, of their spread (the standard deviation).
 ALLOWED_LOSS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+UNCACHED = ", no cache"  # after a backend's name: it reads all tokens for each new one
 
 DEFAULT_MODELS = {"cpu": ["shakespeare"], "cuda": ["gpt2"]}
 DEFAULT_DTYPES = {"cpu": ["fp32"], "cuda": ["bf16"]}
@@ -159,7 +161,7 @@ def run(
 ) -> Result:
     """The command. See ``session.start`` and ``session.run`` for the arguments and for what is returned."""
     backends, absent = models.choose_backends(options.backends, options.device)
-    who = [*backends, NANOGPT] if options.nanogpt else backends
+    who = [backend + how for backend in backends for how in ("", UNCACHED)] + [NANOGPT] * bool(options.nanogpt)
     result = session.start("generate", options, out=out, resume=resume, commit=commit)
     measure = Generation(options).measure
     return session.run(result, cases(options, who), measure, options.device, absent, limit_s=limit_s, show=show)
@@ -206,11 +208,13 @@ class Generation:
         model.to(self.device).eval()
         if name == NANOGPT:
             return Generator(lambda idx, count, greedy: model.generate(idx, count, top_k=1 if greedy else None))
+        cached = not name.endswith(UNCACHED)
 
         def draw(idx: Tensor, count: int, greedy: bool) -> Tensor:
-            return torch.cat([idx, *generate(model, idx, count, temperature=0.0 if greedy else 1.0)], dim=1)
+            temperature = 0.0 if greedy else 1.0
+            return torch.cat([idx, *generate(model, idx, count, temperature=temperature, use_cache=cached)], dim=1)
 
-        return Generator(draw, lambda: use_backend(name))
+        return Generator(draw, lambda: use_backend(name.removesuffix(UNCACHED)))
 
     def _time(self, case: Case, idx: Tensor, ready: dict[str, Generator], others: OtherWork) -> list[dict[str, Any]]:
         dtype = DTYPES[case.dtype]
@@ -228,11 +232,11 @@ class Generation:
         times = {name: [sample.ms for sample in of_one] for name, of_one in every.items()}
         rows = []
         for name, ms in times.items():
-            peers = [NANOGPT] if name != NANOGPT and NANOGPT in times else []
+            peers = [] if name == NANOGPT else [peer for peer in (NANOGPT, name + UNCACHED) if peer in times]
             rows.append(
                 {
                     **case.key(),
-                    "competitor": name,
+                    **_who(name),
                     "tokens_per_s": spread(1e3 * tokens / sample for sample in ms),
                     "first_token_ms": spread(sample.ms for sample in first[name])["median"],
                     "samples_ms": ms,
@@ -240,6 +244,12 @@ class Generation:
                 }
             )
         return rows
+
+
+def _who(name: str) -> dict[str, str]:
+    """What a row says of its competitor."""
+    backend, _, mode = name.partition(", ")
+    return {"competitor": backend, "mode": mode} if mode else {"competitor": backend}
 
 
 def wrong_tokens(found: Tensor, idx: Tensor, truth: nn.Module, dtype: torch.dtype) -> str | None:
@@ -270,7 +280,7 @@ def show(case: Case, outcome: Outcome) -> None:
     """Print a case's table."""
     rows = [
         (
-            f"  {row['competitor']}",
+            f"  {competitor_of(row)}",
             "{median:,.1f} ({min:,.1f}, {max:,.1f})".format_map(row["tokens_per_s"]),
             f"{row['first_token_ms']:.2f}",
         )

@@ -36,7 +36,6 @@ from torch import Tensor
 
 from fastgpt import GPT, dispatch
 from fastgpt.benchmarks import models, session
-from fastgpt.benchmarks.devices import model_flops_utilization
 from fastgpt.benchmarks.harness import (
     FEWEST_ROUNDS,
     Ceilings,
@@ -53,6 +52,7 @@ from fastgpt.benchmarks.result import Result, spread
 from fastgpt.benchmarks.session import MEMORY_ENDS, Outcome
 from fastgpt.config import GPTConfig, TrainConfig, UserError
 from fastgpt.data import Batches
+from fastgpt.devices import model_flops_utilization
 from fastgpt.placement import DTYPES
 
 PARTS = ("data", "forward", "backward", "optimizer")

@@ -10,6 +10,7 @@ import io
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -34,7 +35,8 @@ from fastgpt.config import (
     field_types,
 )
 from fastgpt.data import load_dataset
-from fastgpt.generate import check_sampling, generate
+from fastgpt.generate import check_sampling, generate_texts
+from fastgpt.metrics import Axis, plot_losses
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.train import Trainer, evaluation_batches, mean_loss
@@ -165,8 +167,9 @@ def _train(
     if train_config.sample_tokens and not distributed.is_sharded(trainer.model):
         console.print("\na sample:\n", style="bold")
         tokenizer = trainer.dataset.tokenizer
+        prompts = [_beginning(tokenizer)]
         with trainer.backend:
-            _stream(trainer.model.eval(), tokenizer, _beginning(tokenizer), train_config.sample_tokens, trainer.device)
+            _stream(trainer.model.eval(), tokenizer, prompts, train_config.sample_tokens, trainer.device)
     table = Table(title=f"{run.resolve().name}, {state.step} steps", title_justify="left", show_header=False)
     batches = f"over {train_config.final_eval_iters} batches"
     table.add_row("train loss", f"{state.train_loss:.4f}", batches)
@@ -274,46 +277,61 @@ def _override(model: ModelConfig, train: TrainConfig, given: dict[str, Any]) -> 
 @app.command()
 def sample(
     run: _RunArgument,
-    prompt: Annotated[str | None, typer.Option(help="text to continue; \\n is a new line")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="text to continue; \\n is a new line; repeatable, then as one batch"),
+    ] = None,
     num_tokens: Annotated[int, typer.Option(min=1, help="tokens to draw")] = 500,
     temperature: Annotated[float, typer.Option(help="divides the logits; 0: always the most probable token")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="draw from the K most probable tokens")] = None,
     top_p: Annotated[float | None, typer.Option(help="draw from the fewest tokens that add up to P")] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="texts to draw")] = 1,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="above 1: what the text has already becomes less probable")
+    ] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="end before this text; \\n is a new line; repeatable")] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="texts to draw of each prompt")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="draw the same texts each time")] = None,
+    cache: Annotated[bool, typer.Option(help="keep keys and values; without, all is read for each token")] = True,
     checkpoint: _CheckpointOption = "best",
     device: _DeviceOption = "auto",
+    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="as in training")] = "auto",
     backend: _BackendOption = "",
 ) -> None:
-    """Generate text, character by character as it comes."""
-    check_sampling(temperature, top_k, top_p)
+    """Generate text: of one prompt as it comes, of several each as a whole."""
+    check_sampling(temperature, top_k, top_p, repetition_penalty)
     where = pick_device(device)
-    choice = pick_backend(backend, where, torch.float32)
+    of = pick_dtype(dtype, where)
+    choice = pick_backend(backend, where, of)
     model, tokenizer, _, _ = load_model(run, checkpoint)
     model.to(where)
-    prompt = _beginning(tokenizer) if prompt is None else prompt.replace("\\n", "\n")
-    if not prompt:
-        raise UserError("--prompt must have at least one character")
+    prompts = [_unescape(text) for text in prompt or [_beginning(tokenizer)]]
     generator = torch.Generator(where)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    with choice:
+    with choice, torch.autocast(where.type, dtype=of, enabled=of != torch.float32):
         for index in range(num_samples):
             if index:
                 print("-" * 40)
             _stream(
                 model,
                 tokenizer,
-                prompt,
+                prompts,
                 num_tokens,
                 where,
+                stop=[_unescape(text) for text in stop or []],
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
+                repetition_penalty=repetition_penalty,
+                use_cache=cache,
                 generator=generator,
             )
+
+
+def _unescape(text: str) -> str:
+    return text.replace("\\n", "\n")
 
 
 def _beginning(tokenizer: CharTokenizer) -> str:
@@ -322,13 +340,22 @@ def _beginning(tokenizer: CharTokenizer) -> str:
 
 
 def _stream(
-    model: Any, tokenizer: CharTokenizer, prompt: str, num_tokens: int, device: torch.device, **settings: Any
+    model: Any,
+    tokenizer: CharTokenizer,
+    prompts: Sequence[str],
+    num_tokens: int,
+    device: torch.device,
+    **settings: Any,
 ) -> None:
-    """Print ``prompt`` and what follows it, each token as soon as it is drawn."""
-    idx = torch.from_numpy(tokenizer.encode(prompt)).to(device)[None]  # (1, T)
-    sys.stdout.write(prompt.lstrip("\n"))
-    for token in generate(model, idx, num_tokens, **settings):
-        sys.stdout.write(tokenizer.decode(token[0].tolist()))
+    """Print each prompt and what follows it; of one alone, each token as soon as it is drawn."""
+    pieces = generate_texts(model, tokenizer, prompts, num_tokens, device, **settings)
+    if len(prompts) > 1:
+        texts = [prompt + "".join(new) for prompt, new in zip(prompts, zip(*pieces, strict=True), strict=True)]
+        print(f"\n{'-' * 40}\n".join(text.lstrip("\n") for text in texts))
+        return
+    sys.stdout.write(prompts[0].lstrip("\n"))
+    for (piece,) in pieces:
+        sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
@@ -365,6 +392,17 @@ def evaluate(
     for split, loss in losses.items():
         table.add_row(split, f"{loss:.4f}", f"{torch.tensor(loss).exp():.3f}")
     console.print(table)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="runs' folders")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the picture: .png, .svg or .pdf")] = Path("loss.png"),
+    x: Annotated[Axis, typer.Option(help="what the losses are drawn over")] = "step",
+) -> None:
+    """Draw the losses of one run, or of several in one picture."""
+    plot_losses(runs, out, x)
+    print(out)
 
 
 @app.command()

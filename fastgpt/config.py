@@ -131,6 +131,11 @@ class TrainConfig:
     )
     seed: int = _option(1337, "of weights, batches and dropout")
     compile: bool = _option(False, "compile the model with torch.compile")
+    cuda_graph: bool = _option(False, "replay each step as one CUDA graph: small models then wait for no launch")
+    recompute: bool = _option(
+        False, "activation checkpointing: compute blocks again in the backward instead of keeping what they made"
+    )
+    tf32: bool = _option(False, "make fp32 products on a GPU's tensor cores, of factors rounded to 10 bits")
     parallel: Literal["ddp", "fsdp"] = _option(
         "ddp", "of several processes (torchrun), each has the whole model (ddp) or a share of it (fsdp)"
     )
@@ -154,6 +159,8 @@ class TrainConfig:
     )
     keep: int = _option(2, "checkpoints that stay, counted from the last, beside the best")
     sample_tokens: int = _option(300, "tokens of generated text printed at the end; 0: none")
+    tensorboard: bool = _option(False, "also write the metrics for TensorBoard, into RUN/tensorboard")
+    profile: bool = _option(False, "trace steps 7 to 9 of what is run now into RUN/trace.json, for chrome://tracing")
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -1,31 +1,77 @@
-"""metrics.jsonl, one JSON object a line, and the picture of it.
+"""metrics.jsonl, one JSON object a line, and what is made of it: pictures, and TensorBoard's files.
 
-Each line has "step", "split" ("train" or "val"), "loss", "lr", "tokens_per_s", "elapsed_s" and "batches", the number of
-batches that the loss is averaged over.
+Each line has
+    step                steps of the optimizer so far
+    split, loss         "train" or "val", and its loss, in nats per token
+    evaluation          false: the mean over the steps since the line before; true: over an evaluation's batches
+    batches             the number of batches that the loss is averaged over
+    lr                  the learning rate of the next step
+    tokens              tokens trained on so far, as many a step as now
+    tokens_per_s        of training, evaluations and checkpoints left out; 0 before the first step
+    mfu                 FLOPs of the model (GPT.flops_per_token) per second over the GPU's stated peak in this dtype
+                        (fastgpt.devices); null where nobody states one, as for a CPU
+    peak_memory_bytes   the most so far: of tensors on a GPU, or of the whole process on a CPU
+    elapsed_s           seconds of training, evaluating and saving, over all starts of the run
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastgpt.config import UserError
 from fastgpt.files import write_atomically
 
+Axis = Literal["step", "tokens", "time"]
+_AXES = {"step": ("step", "step"), "tokens": ("tokens", "tokens"), "time": ("elapsed_s", "time (s)")}  # key, label
+_PICTURES = ("png", "svg", "pdf")
+
 
 class Metrics:
-    """The metrics of a run folder. A line of a step after ``step`` is dropped: the run goes on from there."""
+    """The metrics of a run folder. A line of a step after ``step`` is dropped: the run goes on from there.
 
-    def __init__(self, run: Path, step: int) -> None:
+    With ``tensorboard`` they also go into RUN/tensorboard, which takes what ``check_tensorboard`` asks for.
+    """
+
+    def __init__(self, run: Path, step: int, *, tensorboard: bool = False) -> None:
         self._path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(run) if line["step"] <= step] if self._path.exists() else []
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
     def write(self, **line: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self._writer is None:
+            return
+        if line["evaluation"]:
+            self._writer.add_scalar(f"evaluation/{line['split']}", line["loss"], line["step"])
+            self._writer.flush()
+            return
+        for name in ("loss", "lr", "tokens_per_s", "mfu", "peak_memory_bytes"):
+            if line[name] is not None:
+                self._writer.add_scalar(f"training/{name}", line[name], line["step"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def check_tensorboard() -> None:
+    """
+    Raises:
+        UserError: the package is missing.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard: the package is missing: pip install 'fastgpt[tensorboard]'")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -56,23 +102,58 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_losses(run: Path) -> None:
-    """Draw the run's losses into loss.png."""
+def plot_losses(runs: Sequence[Path], out: Path, x: Axis = "step") -> None:
+    """Draw the losses of runs, one colour a run, training thin and validation with dots.
+
+    Args:
+        runs: run folders.
+        out: the picture: .png, .svg or .pdf.
+        x: what the losses are drawn over: steps, tokens or seconds.
+    Raises:
+        UserError: another kind of picture, a run without metrics, or with lines that lack what is drawn.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    kind = out.suffix.removeprefix(".")
+    if kind not in _PICTURES:
+        raise UserError(f"{out}: the picture must be a .{', .'.join(_PICTURES[:-1])} or .{_PICTURES[-1]} file")
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    lines = read_metrics(run)
-    for split, style in (("train", {"color": "tab:blue", "alpha": 0.6}), ("val", {"color": "tab:red", "marker": "o"})):
-        losses = {line["step"]: line["loss"] for line in lines if line["split"] == split}
-        if losses:
-            axes.plot(list(losses), list(losses.values()), label=split, markersize=4, linewidth=1.2, **style)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.resolve().name)
+    key, label = _AXES[x]
+    for number, run in enumerate(runs):
+        name = "" if len(runs) == 1 else f"{_shortest_name(run, runs)}, "
+        of_train, of_val = ("tab:blue", "tab:red") if len(runs) == 1 else (f"C{number % 10}",) * 2
+        styles: dict[str, dict[str, Any]] = {
+            "train": {"color": of_train, "alpha": 0.6},
+            "val": {"color": of_val, "marker": "o", "markersize": 4},
+        }
+        for split, style in styles.items():
+            losses = {line[key]: line["loss"] for line in _lines_to_draw(run, split, key)}
+            if losses:
+                axes.plot(list(losses), list(losses.values()), label=name + split, linewidth=1.2, **style)
+    title = runs[0].resolve().name if len(runs) == 1 else ""
+    axes.set(xlabel=label, ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
-    if lines:
+    if axes.lines:
         axes.legend()
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomically(run / "loss.png", picture.getvalue())
+    figure.savefig(picture, format=kind, dpi=120)
+    write_atomically(out, picture.getvalue())
+
+
+def _lines_to_draw(run: Path, split: str, key: str) -> list[dict[str, Any]]:
+    """The lines of a split; of training those of its steps: an evaluation is without dropout, and would be a dent."""
+    lines = [line for line in read_metrics(run) if line["split"] == split]
+    lines = [line for line in lines if split == "val" or not line.get("evaluation")]
+    for line in lines:
+        if not isinstance(line.get(key), (int, float)):
+            raise UserError(f"{run / 'metrics.jsonl'}: the line of step {line['step']} has no {key}")
+    return lines
+
+
+def _shortest_name(run: Path, runs: Sequence[Path]) -> str:
+    """The folder's name, or the path where another run's folder is called so too."""
+    name = run.resolve().name
+    return str(run) if [other.resolve().name for other in runs].count(name) > 1 else name

@@ -12,9 +12,56 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from fastgpt import ops
+from fastgpt import dispatch, ops
 from fastgpt.config import BigramConfig, GPTConfig
+from fastgpt.ops.seed import seed_for
+
+
+class KVCache:
+    """The keys and values of the tokens that a GPT has read, so that each further token is read alone.
+
+    ``GPT.forward`` first reads whole sequences into it, then one token of each at a time. The memory is taken once, at
+    the first read, in the dtype that the keys come in: 2 * n_layer * B * capacity * C elements.
+
+    Args:
+        capacity: tokens of the longest sequence in the end.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.start = 0  # tokens of the longest sequence before those that are being read
+        self.end = 0  # and with them
+        self.lengths: Tensor | None = None  # (B,), int64: with them, of each sequence; None: all have ``end``
+        self._memory: dict[nn.Module, Tensor] = {}  # of each layer, (B, capacity, 2, H, D)
+
+    def begin(self, T: int, lengths: Tensor | None) -> None:
+        """Make ready for T further tokens; ``lengths`` is ``GPT.forward``'s.
+
+        Raises:
+            ValueError: several tokens after the first read, or more than there is room for.
+        """
+        if self.end and T != 1:
+            raise ValueError(f"KVCache: after the first read it takes one token at a time, got {T}")
+        if self.end + T > self.capacity:
+            raise ValueError(f"KVCache: {self.end + T} tokens do not fit into its capacity of {self.capacity}")
+        self.start, self.end, self.lengths = self.end, self.end + T, lengths
+
+    def extend(self, layer: nn.Module, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values of a layer, (B, T, 2, H, D); returns all it has, two of (B, H, Tk, D)."""
+        B, _, _, H, D = kv.shape
+        if layer not in self._memory:
+            # Zeros: a shorter sequence leaves places unwritten. Hidden from its queries they weigh 0, and 0 times what
+            # the memory held before could be NaN.
+            self._memory[layer] = kv.new_zeros(B, self.capacity, 2, H, D)
+        memory = self._memory[layer]
+        if self.start and self.lengths is not None:
+            memory[torch.arange(B, device=kv.device), self.lengths - 1] = kv[:, 0]
+        else:
+            memory[:, self.start : self.end] = kv
+        k, v = memory[:, : self.end].permute(2, 0, 3, 1, 4)  # two of (B, H, Tk, D)
+        return k, v
 
 
 class LayerNorm(nn.Module):
@@ -28,9 +75,11 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias)  # (B, T, C)
 
-    def add(self, x: Tensor, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The norm of dropout(x) + residual, and that sum."""
-        return ops.add_layer_norm(x, residual, self.weight, self.bias, dropout_p=dropout_p)  # two of (B, T, C)
+        return ops.add_layer_norm(  # two of (B, T, C)
+            x, residual, self.weight, self.bias, dropout_p=dropout_p, seed=seed
+        )
 
 
 class CausalSelfAttention(nn.Module):
@@ -42,16 +91,23 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.fused = config.attention == "fused"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, seed: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         dropout_p = self.dropout if self.training else 0.0
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        if self.fused:
-            y = ops.attention_qkvpacked(qkv, dropout_p=dropout_p)  # (B, T, H, D)
+        if cache is not None:
+            k, v = cache.extend(self, qkv[:, :, 1:])  # two of (B, H, Tk, D)
+        if cache is not None and cache.start:
+            q = qkv[:, :, 0].transpose(1, 2)  # (B, H, 1, D): one query, which sees every key of its sequence
+            seqlens_k = None if cache.lengths is None else cache.lengths.int()  # (B,)
+            y = ops.attention(q, k, v, is_causal=False, dropout_p=dropout_p, seqlens_k=seqlens_k, seed=seed)
+            y = y.transpose(1, 2)  # (B, 1, H, D)
+        elif self.fused:
+            y = ops.attention_qkvpacked(qkv, dropout_p=dropout_p, seed=seed)  # (B, T, H, D)
         else:
             q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # three of (B, H, T, D)
             att = ops.softmax(q @ k.mT, scale=q.shape[-1] ** -0.5, is_causal=True)  # (B, H, T, T)
-            y = (ops.dropout(att, dropout_p) @ v).transpose(1, 2)  # (B, T, H, D)
+            y = (ops.dropout(att, dropout_p, seed=seed) @ v).transpose(1, 2)  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))  # (B, T, C)
 
 
@@ -78,18 +134,38 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
         self.dropout = config.dropout
+        self.recompute = False
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """
         Args:
             x: (B, T, C), what the sublayer before adds to the residual stream; the embedding in the first block.
             residual: (B, T, C), the stream before that addition; None in the first block.
+            cache: what came before x, if anything did; it takes up the keys and values of x.
         Returns:
             The MLP's output and the stream it is still to be added to, both (B, T, C).
         """
         dropout_p = self.dropout if self.training else 0.0
-        y, residual = (self.ln_1(x), x) if residual is None else self.ln_1.add(x, residual, dropout_p)
-        y, residual = self.ln_2.add(self.attn(y), residual, dropout_p)
+        draws = 2 if residual is None else 3
+        # Drawn out here: when the block is computed again, the same elements must drop.
+        seeds = [seed_for(dropout_p, None, x.device) for _ in range(draws)]
+        if cache is not None or not (self.recompute and torch.is_grad_enabled()):
+            return self._sublayers(x, residual, cache, *seeds)
+        choice = dispatch.current_choice()  # a GPU's backward runs in a thread that use_backend has not reached
+
+        def sublayers(x: Tensor, residual: Tensor | None, *seeds: Tensor | None) -> tuple[Tensor, Tensor]:
+            with dispatch.use_backend(**choice):
+                return self._sublayers(x, residual, None, *seeds)
+
+        return checkpoint(sublayers, x, residual, *seeds, use_reentrant=False, preserve_rng_state=False)
+
+    def _sublayers(
+        self, x: Tensor, residual: Tensor | None, cache: KVCache | None, *seeds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` with the seeds of what drops, in the order of use: ln_1's where it adds, attn's and ln_2's."""
+        dropout_p = self.dropout if self.training else 0.0
+        y, residual = (self.ln_1(x), x) if residual is None else self.ln_1.add(x, residual, dropout_p, seeds[0])
+        y, residual = self.ln_2.add(self.attn(y, cache, seeds[-2]), residual, dropout_p, seeds[-1])
         return self.mlp(y), residual
 
 
@@ -104,13 +180,19 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config)
         self.dropout = config.dropout
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]  # (B, T, C)
+        if cache is None:
+            positions = self.wpe.weight[: idx.shape[1]]  # (T, C)
+        elif cache.start and cache.lengths is not None:
+            positions = self.wpe(cache.lengths - 1)[:, None]  # (B, 1, C)
+        else:
+            positions = self.wpe.weight[cache.start : cache.end]  # (T, C)
+        x = self.wte(idx) + positions  # (B, T, C)
         x = ops.dropout(x, dropout_p)
         residual: Tensor | None = None
         for block in self.h:
-            x, residual = block(x, residual)  # two of (B, T, C)
+            x, residual = block(x, residual, cache)  # two of (B, T, C)
         assert residual is not None
         return self.ln_f.add(x, residual, dropout_p)[0]  # (B, T, C)
 
@@ -138,31 +220,53 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, last_only: bool = False
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        last_only: bool = False,
+        lengths: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """
         Args:
-            idx: (B, T), int64, tokens; T at most ``block_size``.
+            idx: (B, T), int64, tokens; T at most ``block_size``, less what is in the cache.
             targets: (B, T), int64, the token that follows each; -100 counts nowhere.
             last_only: make logits for the last position alone, as generation needs them.
+            lengths: (B,), int64, at least 1: tokens of each sequence, those in the cache included, where they differ;
+                its row of idx is then padded on the right, and ``last_only`` means the last of its own tokens.
+            cache: takes up what is read here. idx is what follows on its contents: after the first read, T is 1.
         Returns:
             Without targets: logits, (B, T, vocab_size) or (B, 1, vocab_size), and None.
             With targets: None (the logits never exist) and the mean loss, a scalar in fp32. The rows that pad the
             vocabulary take part in its softmax; no target names them, and training soon drives them to zero.
         Raises:
-            ValueError: idx or targets of a wrong shape or dtype, T beyond ``block_size``, or a token that is not in the
-                vocabulary (looked at on a CPU, outside of torch.compile).
+            ValueError: idx, targets or lengths of a wrong shape or dtype, T beyond ``block_size`` or what fits into the
+                cache, or a token that is not in the vocabulary (looked at on a CPU, outside of torch.compile).
         """
-        _check_tokens("GPT", idx, targets, self.config.vocab_size)
-        if idx.shape[1] > self.config.block_size:
-            raise ValueError(
-                f"GPT: idx must have at most block_size {self.config.block_size} columns, got {idx.shape[1]}"
-            )
-        x = self.transformer(idx)  # (B, T, C)
+        _check_tokens("GPT", idx, targets, lengths, self.config.vocab_size)
+        T, held = idx.shape[1], 0 if cache is None else cache.end
+        if held + T > self.config.block_size:
+            after = f" after the {held} in the cache" if held else ""
+            raise ValueError(f"GPT: idx must have at most block_size {self.config.block_size} columns, got {T}{after}")
+        if cache is not None:
+            cache.begin(T, lengths)
+        x = self.transformer(idx, cache)  # (B, T, C)
         if targets is not None:
             return None, ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-        logits = self.lm_head(x[:, -1:] if last_only else x)  # (B, T or 1, V)
+        if last_only:
+            x = _last(x, lengths)  # (B, 1, C)
+        logits = self.lm_head(x)  # (B, T or 1, V)
         return logits[..., : self.config.vocab_size], None
+
+    def recompute_blocks(self) -> None:
+        """From now on keep only the inputs of each block, and compute it again in the backward (Chen et al., 2016).
+
+        Gradients are the same bits, for less memory and one more forward of the blocks.
+        """
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.recompute = True
 
     def num_params(self, *, positions: bool = True) -> int:
         """Parameters, shared ones once; ``positions=False`` leaves out wpe, as nanoGPT counts."""
@@ -190,11 +294,16 @@ class Bigram(nn.Module):
         self.token_embedding_table = nn.Embedding(config.vocab_size, config.vocab_size)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, last_only: bool = False
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        last_only: bool = False,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """As ``GPT.forward``; any T."""
-        _check_tokens("Bigram", idx, targets, self.config.vocab_size)
-        logits = self.token_embedding_table(idx[:, -1:] if last_only else idx)  # (B, T or 1, V)
+        """As ``GPT.forward``; any T, and no cache: a token follows on the one before it alone."""
+        _check_tokens("Bigram", idx, targets, lengths, self.config.vocab_size)
+        logits = self.token_embedding_table(_last(idx, lengths) if last_only else idx)  # (B, T or 1, V)
         if targets is None:
             return logits, None
         return None, ops.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -204,7 +313,14 @@ class Bigram(nn.Module):
         return self.token_embedding_table.weight.numel()
 
 
-def _check_tokens(model: str, idx: Tensor, targets: Tensor | None, vocab_size: int) -> None:
+def _last(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last position of each row of ``x`` (B, T, ...), by ``lengths`` where the row is padded: (B, 1, ...)."""
+    if lengths is None or x.shape[1] == 1:
+        return x[:, -1:]
+    return x[torch.arange(x.shape[0], device=x.device), lengths - 1].unsqueeze(1)
+
+
+def _check_tokens(model: str, idx: Tensor, targets: Tensor | None, lengths: Tensor | None, vocab_size: int) -> None:
     """Shapes and dtypes, and on a CPU outside of torch.compile that every token is one of the vocabulary."""
     if idx.dim() != 2 or idx.dtype != torch.int64:
         raise ValueError(f"{model}: idx must be int64 of shape (B, T), got {idx.dtype} of shape {tuple(idx.shape)}")
@@ -212,6 +328,11 @@ def _check_tokens(model: str, idx: Tensor, targets: Tensor | None, vocab_size: i
         raise ValueError(
             f"{model}: targets must be int64 of idx's shape {tuple(idx.shape)}, got {targets.dtype} of shape "
             f"{tuple(targets.shape)}"
+        )
+    if lengths is not None and (lengths.shape != idx.shape[:1] or lengths.dtype != torch.int64):
+        raise ValueError(
+            f"{model}: lengths must be int64 of shape {tuple(idx.shape[:1])}, got {lengths.dtype} of shape "
+            f"{tuple(lengths.shape)}"
         )
     if idx.device.type != "cpu" or torch.compiler.is_compiling() or idx.numel() == 0:
         return

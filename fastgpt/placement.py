@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator
+
 import torch
 
 from fastgpt import dispatch
@@ -52,6 +57,26 @@ def pick_backend(text: str, device: torch.device, dtype: torch.dtype) -> dispatc
             if reason is not None:
                 raise UserError(f"backend {backend!r} cannot run {op} here: {reason}")
     return dispatch.use_backend(**choice)
+
+
+@contextlib.contextmanager
+def fp32_products(*, tf32: bool) -> Iterator[None]:
+    """With ``tf32``, PyTorch may round the factors of fp32 products to TF32 for so long; Triton's attention follows."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    if tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that tensors had on a GPU at most, or that this process had in a CPU's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes if sys.platform == "darwin" else kibibytes * 1024  # there it is in bytes
 
 
 def device_name(device: torch.device) -> str:

@@ -7,7 +7,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -33,11 +33,15 @@ from fastgpt.checkpoint import (
     what_stands,
     write_config,
 )
-from fastgpt.config import ModelConfig, TrainConfig, TrainingError, UserError, field_types
+from fastgpt.config import GPTConfig, ModelConfig, TrainConfig, TrainingError, UserError, field_types
+from fastgpt.cuda_graph import Graphed
 from fastgpt.data import NAMED_TEXTS, Batches, Dataset, load_dataset
-from fastgpt.metrics import Metrics, plot_losses
+from fastgpt.devices import peak_flops
+from fastgpt.metrics import Metrics, check_tensorboard, plot_losses
+from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer, gradients, learning_rate
-from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
+from fastgpt.placement import DTYPES, device_name, fp32_products, peak_memory, pick_backend, pick_device, pick_dtype
+from fastgpt.profiling import FIRST, LAST, traced
 
 # Settings that change nothing in what a run computes, but what is written and said about it.
 _ASIDE = {
@@ -85,6 +89,10 @@ class Trainer:
         self.device = pick_device(self.world.device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
         self.backend = pick_backend(config.backend, self.device, self.dtype)
+        if config.recompute and not isinstance(model_config, GPTConfig):
+            raise UserError("recompute is for the blocks of a GPT, and this model has none")
+        if config.tensorboard:
+            check_tensorboard()
         _, begun, tokenizer = read_config(run) if resume else (None, config, None)
         with self.world.local_first():
             self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
@@ -100,7 +108,12 @@ class Trainer:
             folder, self.state = open_checkpoint(run, checkpoint)
             if self.state.step >= config.max_iters:
                 raise UserError(f"{run}: this run is at step {self.state.step} already: --max-iters gives it more")
+        left = config.max_iters - self.state.step
+        if config.profile and left < LAST:
+            raise UserError(f"profile traces steps {FIRST} to {LAST} of a start, and this one has only {left}")
         self.model = restore_model(model_config, folder) if folder else build_model(model_config)
+        if config.recompute and isinstance(self.model, GPT):
+            self.model.recompute_blocks()
         if config.parallel == "fsdp" and self.world.size > 1:
             self.world.shard(self.model, self.device)
         else:
@@ -124,6 +137,7 @@ class Trainer:
 
         self.run = run
         self._writer = CheckpointWriter(run, config.keep)
+        self._metrics: Metrics | None = None
         if resume:
             self._say_what_changed(begun)
         if self.world.is_main:
@@ -132,22 +146,37 @@ class Trainer:
                 go_back_to(run, folder.name)
             versions = {"fastgpt": fastgpt.__version__, "torch": torch.__version__}
             write_config(run, model_config, config, self.dataset.tokenizer, versions)
-            self._metrics = Metrics(run, self.state.step if folder else -1)
+            self._metrics = Metrics(run, self.state.step if folder else -1, tensorboard=config.tensorboard)
+        self._train_on, self._gradients_on = self._as_graphs()
+        if config.tf32 and (self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) < (8, 0)):
+            self._warn(f"tf32: {device_name(self.device)} makes no such products, so those of fp32 stay as they are")
 
     @property
     def tokens_per_s(self) -> float:
         """Training tokens per second, evaluations and checkpoints left out: the median over the log lines."""
         return statistics.median(self._speeds) if self._speeds else 0.0
 
+    @property
+    def mfu(self) -> float | None:
+        """The model's FLOPs per second, in the last stretch, over the GPUs' peak; None where nobody states one."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        peak = peak_flops(gpu, self._dtype_name)
+        if peak is None or not self._speeds or not isinstance(self.model, GPT):
+            return None
+        return self._speeds[-1] * self.model.flops_per_token() / (peak * self.world.size)
+
+    @property
+    def _dtype_name(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
     def describe(self) -> str:
         """One line: the model, where it runs, and on what data."""
         with self.backend:
             backends = {row["backend"] or "nothing" for row in dispatch.explain(self.device.type, self.dtype)}
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         train, val, vocab = len(self.dataset.train), len(self.dataset.val), self.dataset.tokenizer.vocab_size
         return (
             f"{type(self.model).__name__} of {self.model.num_params():,} parameters on {device_name(self.device)}, "
-            f"{dtype}, ops on {' and '.join(sorted(backends))}, data {self.dataset.name}: "
+            f"{self._dtype_name}, ops on {' and '.join(sorted(backends))}, data {self.dataset.name}: "
             f"{train:,} tokens to train on, {val:,} to validate, vocabulary {vocab}"
         )
 
@@ -161,7 +190,15 @@ class Trainer:
         config, state = self.config, self.state
         self._forward = self.world.replicate(self._forward, self.device)
         self._began = time.monotonic() - state.elapsed_s
-        with self.backend, self._stop_on_signal(), self._writer, _progress(self.console) as bar:
+        with (
+            self.backend,
+            fp32_products(tf32=config.tf32),
+            contextlib.closing(self._metrics) if self._metrics else contextlib.nullcontext(),
+            self._stop_on_signal(),
+            self._writer,
+            _progress(self.console) as bar,
+            self._profiling() as stepped,
+        ):
             task = bar.add_task("training", total=config.max_iters, completed=state.step, speed="", loss="")
             if state.step == 0:
                 self._evaluate(config.eval_iters)
@@ -169,6 +206,7 @@ class Trainer:
             ending = self.world.any(self._stop)
             while not ending:
                 self._step()
+                stepped()
                 done = state.step == config.max_iters
                 ending = self.world.any(done or self._stop)
                 evaluating = done or state.step % config.eval_interval == 0
@@ -192,10 +230,25 @@ class Trainer:
         batches = [self._batches[step * config.grad_accum + micro] for micro in self._share.micro_batches]
         x, y = (torch.stack([part[self._share.rows] for part in parts]) for parts in zip(*batches, strict=True))
         lr = torch.full((), learning_rate(step, config), dtype=torch.float32, device=self.device)
+        self._writer.before_update()
         self._losses.append(self._train_on(x, y, lr))
         self.state.step += 1
 
-    def _train_on(self, x: Tensor, y: Tensor, lr: Tensor) -> Tensor:
+    def _as_graphs(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """``_whole_step`` and ``_accumulate``, one of them as a CUDA graph where the run is to have one."""
+        if not self.config.cuda_graph:
+            return self._whole_step, self._accumulate
+        if self.device.type != "cuda":
+            self._warn(f"cuda_graph: there is no CUDA graph on {self.device}, so each step runs op by op")
+            return self._whole_step, self._accumulate
+        if self.world.size > 1:
+            self._warn("cuda_graph: several processes have none, since each waits for the others: steps run op by op")
+            return self._whole_step, self._accumulate
+        if self.scaler.is_enabled():  # in fp16 the host asks, before the update, whether the gradients are finite
+            return self._whole_step, Graphed(self._accumulate, self.device)
+        return Graphed(self._whole_step, self.device), self._accumulate
+
+    def _whole_step(self, x: Tensor, y: Tensor, lr: Tensor) -> Tensor:
         """One step of the optimizer as a function of tensors on the device: nothing in it comes from the host.
 
         Args:
@@ -204,8 +257,7 @@ class Trainer:
         Returns:
             The mean loss over the micro batches, a scalar in fp32.
         """
-        loss = self._accumulate(x, y)
-        self._writer.before_update()
+        loss = self._gradients_on(x, y)
         self._update(lr)
         return loss
 
@@ -247,8 +299,12 @@ class Trainer:
         self._speeds.append(len(losses) * self._tokens_per_step / max(now - self._clock, 1e-9))
         self._losses.clear()
         self._start_clock()
-        self._write_metrics("train", statistics.fmean(losses), len(losses) * self.config.grad_accum)
-        bar.update(task, speed=f"{self._speeds[-1]:,.0f} tokens/s", loss=f"loss {losses[-1]:.3f}")
+        batches = len(losses) * self.config.grad_accum
+        self._write_metrics("train", statistics.fmean(losses), batches, evaluation=False)
+        mfu = "" if self.mfu is None else f", MFU {self.mfu:.0%}"
+        memory = f"{peak_memory(self.device) / 2**30:.2f} GiB"
+        speed = f"{self._speeds[-1]:,.0f} tokens/s{mfu}, {memory}"
+        bar.update(task, speed=speed, loss=f"loss {losses[-1]:.3f}")
 
     def _evaluate(self, batches: int) -> bool:
         """Average the loss over ``batches`` of each split. True if validation has never been better."""
@@ -259,9 +315,9 @@ class Trainer:
         if best and state.step > 0:  # before the first step there is nothing to keep
             state.best_val_loss = state.val_loss
         for split, loss in (("train", state.train_loss), ("val", state.val_loss)):
-            self._write_metrics(split, loss, batches)
+            self._write_metrics(split, loss, batches, evaluation=True)
         if self.world.is_main:
-            plot_losses(self.run)
+            plot_losses([self.run], self.run / "loss.png")
         speed = f", {self._speeds[-1]:,.0f} tokens/s" if self._speeds else ""
         self.console.print(f"step {state.step}: train {state.train_loss:.4f}, val {state.val_loss:.4f}{speed}")
         return best
@@ -281,19 +337,28 @@ class Trainer:
             "(a lower --lr, a longer --warmup-iters or --dtype fp32 may help)"
         )
 
-    def _write_metrics(self, split: str, loss: float, batches: int) -> None:
+    def _write_metrics(self, split: str, loss: float, batches: int, *, evaluation: bool) -> None:
         self.state.elapsed_s = time.monotonic() - self._began
-        if not self.world.is_main:
+        if self._metrics is None:
             return
         self._metrics.write(
             step=self.state.step,
             split=split,
+            evaluation=evaluation,
             loss=loss,
             lr=learning_rate(self.state.step, self.config),
+            tokens=self.state.step * self._tokens_per_step,
             tokens_per_s=self._speeds[-1] if self._speeds else 0.0,
+            mfu=self.mfu,
+            peak_memory_bytes=peak_memory(self.device),
             elapsed_s=self.state.elapsed_s,
             batches=batches,
         )
+
+    def _profiling(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        if not (self.config.profile and self.world.is_main):
+            return contextlib.nullcontext(lambda: None)
+        return traced(self.run / "trace.json", self.device, self._say)
 
     @contextlib.contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
@@ -325,6 +390,9 @@ class Trainer:
         ]
         if before_and_now:
             self._warn(f"from step {self.state.step} on this is another run: {', '.join(before_and_now)}")
+
+    def _say(self, message: str) -> None:
+        self.console.print(message, markup=False, highlight=False)
 
     def _warn(self, message: str) -> None:
         self.console.print(message, style="yellow", markup=False, highlight=False)

@@ -12,6 +12,7 @@ from nanogpt_stub import write_checkout
 
 from fastgpt import GPT, GPTConfig, cli, ops
 from fastgpt.benchmarks import generation, result, session
+from fastgpt.benchmarks.compare import competitor_of
 from fastgpt.benchmarks.generation import Options
 from fastgpt.benchmarks.harness import Sample
 from fastgpt.benchmarks.models import LADDER
@@ -60,13 +61,17 @@ def test_a_run_has_every_competitor_and_follows_the_schema(tmp_path, nanogpt, mo
     data = json.loads(path.read_text())
     assert result.violations(data) == []
     assert (data["kind"], data["complete"], data["valid"]) == ("generate", True, True)
-    assert [row["competitor"] for row in data["results"]] == ["torch", "reference", "nanoGPT"] * 4
+    ours = ["torch", "torch, no cache", "reference", "reference, no cache"]
+    assert [competitor_of(row) for row in data["results"]] == [*ours, "nanoGPT"] * 4
     for row in data["results"]:
         assert row["first_token_ms"] == 10.0
         assert set(row["samples_ms"]) == {50.0}
         assert row["tokens_per_s"]["median"] == pytest.approx(100 * row["batch_size"])
-        assert row["ratios"].keys() == ({"nanoGPT"} if row["competitor"] != "nanoGPT" else set())
+        who = competitor_of(row)
+        peers = {"torch": {"torch, no cache"}, "reference": {"reference, no cache"}}.get(who, set())
+        assert row["ratios"].keys() == (peers | {"nanoGPT"} if who != "nanoGPT" else set())
     printed = capsys.readouterr().out
+    assert "torch, no cache" in printed
     assert "tiny, 2 x 3 + 5 tokens, bf16" in printed
     assert "number of parameters" not in printed
 
@@ -80,8 +85,8 @@ def test_a_wrong_kernel_is_refused_and_never_timed(tmp_path, nanogpt, monkeypatc
 
     monkeypatch.setattr(ops, "add_layer_norm", wrong)
     file = generation.run(options(nanogpt=nanogpt), out=tmp_path / "run.json")
-    (problem,) = file.data["problems"]
-    assert problem.startswith("tiny, 2 x 3 + 5 tokens, fp32: torch: wrong: it took a token whose logit is ")
+    for problem, name in zip(file.data["problems"], ("torch", "torch, no cache"), strict=True):
+        assert problem.startswith(f"tiny, 2 x 3 + 5 tokens, fp32: {name}: wrong: it took a token whose logit is ")
     assert [row["competitor"] for row in file.rows] == ["nanoGPT"]
 
 
@@ -111,10 +116,10 @@ def test_a_run_is_resumed(tmp_path):
     path = tmp_path / "run.json"
     whole = generation.run(given, out=path)
     before = json.loads(path.read_text())
-    del before["results"][1]
+    del before["results"][2:]
     path.write_text(json.dumps(before))
     file = generation.run(given, resume=path)
-    assert [row["batch_size"] for row in file.rows] == [1, 2]
+    assert [row["batch_size"] for row in file.rows] == [1, 1, 2, 2]
     assert file.rows == whole.rows
 
 

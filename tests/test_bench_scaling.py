@@ -11,8 +11,8 @@ import pytest
 import torch
 from nanogpt_stub import write_checkout
 
-from fastgpt import GPT, cli, dispatch, ops
-from fastgpt.benchmarks import devices, models, result, scaling, session
+from fastgpt import GPT, cli, devices, dispatch, ops
+from fastgpt.benchmarks import models, result, scaling, session
 from fastgpt.benchmarks.kernels import say_how_it_ended
 from fastgpt.benchmarks.models import LADDER, PLAIN, PLAIN_NAIVE
 from fastgpt.benchmarks.scaling import Entrant, Options

@@ -124,6 +124,21 @@ def test_sample_streams_the_prompt_and_what_follows(trained, succeed_here):
     assert len({first, *two}) == 3
 
 
+def test_samples_of_several_prompts_come_whole_and_stop(trained, succeed_here):
+    run, _, _ = trained
+    args = ["sample", str(run), "--num-tokens=30", "--device=cpu", "--dtype=fp32", "--top-k=1"]
+    alone = [succeed_here(*args, "--prompt", prompt) for prompt in ("to be", "question")]
+    both = succeed_here(*args, "--prompt=to be", "--prompt=question")
+    assert both.split("-" * 40 + "\n") == alone
+    assert succeed_here(*args, "--prompt=to be", "--prompt=question", "--no-cache") == both
+    stop = alone[0][10:13]
+    until = alone[0][5:].index(stop) + 5
+    assert succeed_here(*args, "--prompt=to be", "--stop", stop.replace("\n", "\\n")) == alone[0][:until] + "\n"
+    other = succeed_here(*args, "--prompt=to be", "--repetition-penalty=5")
+    assert other != alone[0]
+    assert len(succeed_here(*args, "--prompt=to be", "--dtype=bf16")) == len(alone[0])
+
+
 def test_sample_comes_character_by_character(trained):
     run, _, _ = trained
     command = [sys.executable, "-m", "fastgpt", "sample", str(run), "--num-tokens=100000", "--device=cpu"]
@@ -322,7 +337,10 @@ def test_a_users_error_about_a_run_is_one_line(trained, fail_here):
     run, _, _ = trained
     assert "does not have 'Z'" in fail_here("sample", str(run), "--prompt=Z", "--device=cpu")
     assert "temperature must be at least 0" in fail_here("sample", str(run), "--temperature=-1", "--device=cpu")
-    assert "--prompt must have at least one" in fail_here("sample", str(run), "--prompt=", "--device=cpu")
+    assert "a prompt must have at least one" in fail_here("sample", str(run), "--prompt=", "--device=cpu")
+    assert "a stop string must have at least one" in fail_here("sample", str(run), "--stop=", "--device=cpu")
+    assert "repetition-penalty must be greater than 0" in fail_here("sample", str(run), "--repetition-penalty=0")
+    assert "Invalid value for '--dtype'" in fail_here("sample", str(run), "--dtype=fp8")
     assert "a run lies here already" in fail_here("train", "--data", str(run.parent / "text.txt"), "--out", str(run))
     assert "cannot change when a run is resumed: it is 1" in fail_here(
         "train", "--resume", "--out", str(run), "--n-layer=2"

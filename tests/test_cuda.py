@@ -19,6 +19,7 @@ from fastgpt import GPT, GPTConfig, ops, use_backend
 from fastgpt.benchmarks.small_calls import small_calls
 from fastgpt.config import TrainConfig
 from fastgpt.optim import build_optimizer, gradients
+from fastgpt.train import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -96,6 +97,39 @@ def test_a_training_step_in_a_cuda_graph_is_that_of_eager_mode(backend: str) -> 
     assert len(masks) == len(rates), "each replay drops other elements"
     losses = [loss.item() for loss, _ in got]
     assert losses[-1] < 0.6 * losses[0], losses
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("recompute", [False, True])
+@every_backend
+def test_a_run_in_a_cuda_graph_is_that_of_eager_mode(
+    backend: str, recompute: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    data = str(tmp_path / "text.txt")
+    losses = []
+    for cuda_graph in (False, True):
+        config = TrainConfig(
+            data=data,
+            device="cuda",
+            backend=backend,
+            dtype=dtype,
+            batch_size=4,
+            grad_accum=2,
+            max_iters=20,
+            lr=1e-2,
+            warmup_iters=2,
+            recompute=recompute and cuda_graph,
+            cuda_graph=cuda_graph,
+        )
+        trainer = Trainer(CONFIG, config, tmp_path / f"{cuda_graph}")
+        with trainer.backend:
+            for _ in range(20):
+                trainer._step()
+        losses.append(torch.stack(trainer._losses))
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-3 if dtype == "fp32" else 3e-2)
+    assert losses[1][-1] < losses[1][0] - 0.5
 
 
 @every_backend

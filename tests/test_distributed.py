@@ -118,7 +118,7 @@ def test_a_sharded_model_takes_the_same_step(alone_in_a_group, backend):
 
 @pytest.mark.parametrize(("backend", "rows"), [("cpp", 36), ("torch", 44)])
 def test_a_block_keeps_what_the_page_says(backend, rows):
-    B, T, C, H = 3, 16, 48, 3
+    B, T, C, H = 5, 16, 48, 3
 
     def kept(n_layer):
         model = GPT(GPTConfig(block_size=T, vocab_size=27, n_layer=n_layer, n_head=H, n_embd=C))

@@ -31,6 +31,20 @@ CONFIG = TrainConfig(
     log_interval=5,
 )
 
+METRICS = [
+    "step",
+    "split",
+    "evaluation",
+    "loss",
+    "lr",
+    "tokens",
+    "tokens_per_s",
+    "mfu",
+    "peak_memory_bytes",
+    "elapsed_s",
+]
+METRICS += ["batches"]
+
 
 @pytest.fixture(autouse=True)
 def text(tmp_path, monkeypatch):
@@ -65,7 +79,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path):
     }
     lines = read_metrics(run)
     for line in lines:
-        assert list(line) == ["step", "split", "loss", "lr", "tokens_per_s", "elapsed_s", "batches"]
+        assert list(line) == METRICS
         assert line["split"] in ("train", "val")
     vals = [(line["step"], line["batches"]) for line in lines if line["split"] == "val"]
     assert vals == [(0, 3), (10, 3), (20, 5)]
