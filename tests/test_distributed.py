@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,20 +187,20 @@ def text(tmp_path):
     return path
 
 
-def command(size: int, run: Path, *more: str, **changes: object) -> list[str]:
+def command(size: int, run: Path, *more: str, program: tuple[str, ...] = ("-m", "fastgpt"), **changes: object):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
     settings = {name.replace("_", "-"): value for name, value in changes.items()}
     if "--resume" not in more:
         settings = {**SETTINGS, "data": run.parent / "text.txt", **settings}
     options = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    return [sys.executable, *launcher, "-m", "fastgpt", "train", "--out", str(run), *options, *more]
+    return [sys.executable, *launcher, *program, "train", "--out", str(run), *options, *more]
 
 
 def environment(run: Path) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "FASTGPT_CACHE": str(run.parent / "cache")}
 
 
-def train(size: int, run: Path, *more: str, **changes: object) -> subprocess.CompletedProcess[str]:
+def train(size: int, run: Path, *more: str, **changes: Any) -> subprocess.CompletedProcess[str]:
     line = command(size, run, *more, **changes)
     return subprocess.run(line, capture_output=True, text=True, env=environment(run), timeout=280)
 
@@ -276,6 +277,21 @@ class TestSeveralProcesses:
         assert len(re.findall(r"fastgpt: the loss became (nan|inf)", done.stderr)) == 1
         assert done.stderr.count("fastgpt: ") == 1
 
+    @pytest.mark.parametrize(
+        ("fault", "sentence"),
+        [
+            ("raise MemoryError('planted')", "fastgpt: out of memory: planted"),
+            ("self._losses[-1] *= float('nan')", "fastgpt: the loss became nan at step 5, so the run was stopped"),
+        ],
+    )
+    def test_a_fault_of_one_process_is_the_reason_that_all_end(self, tmp_path, text, fault, sentence):
+        script = tmp_path / "faulty.py"
+        script.write_text(FAULTY.format(fault=fault))
+        done = train(2, tmp_path / "run", program=(str(script),))
+        assert done.returncode != 0
+        assert done.stderr.count(sentence) == 1
+        assert done.stderr.count("fastgpt: ") == 1
+
     @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
     def test_a_signal_to_all_makes_one_checkpoint(self, tmp_path, text, parallel):
         run = tmp_path / "run"
@@ -301,6 +317,21 @@ class TestSeveralProcesses:
         assert err.count("fastgpt: another process of this run has ended") <= 1
         assert "Signal 9 (SIGKILL) received by PID" in err
         assert "fastgpt/train.py" not in err, "no traceback of a process that only noticed"
+
+
+FAULTY = """
+import os
+from fastgpt import cli
+from fastgpt.train import Trainer
+
+def step(self, real=Trainer._step):
+    real(self)
+    if self.state.step == 5 and os.environ["RANK"] == "1":
+        {fault}
+
+Trainer._step = step
+cli.main()
+"""
 
 
 def started(run: Path, parallel: str) -> subprocess.Popen[str]:
