@@ -150,7 +150,8 @@ class CheckpointWriter:
         self._run, self._keep = run, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[Path] | None = None
-        self._snapshot: Snapshot | None = None
+        self._step = 0  # of the one that is pending
+        self._copied: torch.cuda.Event | None = None
 
     def save(self, state: RunState, model: nn.Module, optimizer: AdamW, best: bool) -> None:
         """Take a snapshot and have it written; waits for the checkpoint before, should that be under way still."""
@@ -158,13 +159,14 @@ class CheckpointWriter:
         if world().is_main or is_sharded(model):
             snapshot = Snapshot.take(state, model, optimizer)
         if world().is_main:
-            self._snapshot = snapshot
+            self._step, self._copied = state.step, snapshot.copied
             self._pending = self._thread.submit(write_checkpoint, self._run, snapshot, best, self._keep)
 
     def before_update(self) -> None:
         """Call it before weights or moments change: the GPU, not the host, then waits for the snapshot's copies."""
-        if self._snapshot is not None and self._snapshot.copied is not None:
-            torch.cuda.current_stream().wait_event(self._snapshot.copied)
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+            self._copied = None
 
     def raise_if_failed(self) -> None:
         """Does not wait."""
@@ -173,16 +175,13 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Until the checkpoint under way, if there is one, is written."""
-        pending, snapshot = self._pending, self._snapshot
-        self._pending = self._snapshot = None
-        if pending is None or snapshot is None:
-            return
+        pending, self._pending = self._pending, None
         try:
-            pending.result()
+            if pending is not None:
+                pending.result()
         except (OSError, SafetensorError) as error:
-            step = snapshot.state.step
             raise TrainingError(
-                f"the checkpoint of step {step} could not be written ({error}), so the run was stopped; "
+                f"the checkpoint of step {self._step} could not be written ({error}), so the run was stopped; "
                 f"{what_stands(self._run)}"
             ) from error
 
@@ -369,21 +368,23 @@ def load_model(run: Path, which: str = "best") -> tuple[GPT | Bigram, CharTokeni
 
 
 def restore_model(config: ModelConfig, folder: Path) -> GPT | Bigram:
-    """A checkpoint's model, on the CPU. It is not built before the file was seen to hold the like of it.
+    """A checkpoint's model, on the CPU. It is not built before the file was seen to have the size of it.
 
     Raises:
         UserError: a damaged file, or tensors that are not the model's.
     """
     path = folder / "model.safetensors"
-    layers, tensors = getattr(config, "n_layer", 0), len(tensor_names(path))
-    if layers > tensors:
-        raise UserError(f"{path}: the settings ask for {layers} layers, but the file holds {tensors} tensors")
-    with torch.device("meta"):  # shapes alone, in no memory
-        like = _weights(build_model(config))
-    weights = read_tensors(path, like)
+    layers, weights = _layers_and_weights(config)
+    tensors, size = len(tensor_names(path)), path.stat().st_size
+    if layers > tensors or weights > size:
+        raise UserError(
+            f"{path}: the settings ask for {layers:,} layers and {weights:,} weights, but this file has {tensors:,} "
+            f"tensors and {size:,} bytes"
+        )
     model = build_model(config)
-    for name, own in _weights(model).items():
-        own.copy_(weights[name])
+    own = _weights(model)
+    for name, tensor in read_tensors(path, own).items():
+        own[name].copy_(tensor)
     return model
 
 
@@ -396,7 +397,7 @@ def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
     path = folder / "training.safetensors"
     device = next(model.parameters()).device
     moments = _moments(model)
-    like = {name: param for name, (param, _) in moments.items()}
+    like: dict[str, Tensor] = {name: param for name, (param, _) in moments.items()}
     like |= {"step": torch.zeros(()), "rng.cpu": torch.get_rng_state()}
     if device.type == "cuda" and "rng.cuda" in tensor_names(path):  # a run that moved to a GPU goes on from its seed
         like["rng.cuda"] = torch.cuda.get_rng_state(device)
@@ -411,6 +412,15 @@ def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
         group["step"] = tensors["step"].to(group["params"][0].device, torch.float32, copy=True)
     for name, (param, moment) in moments.items():
         optimizer.state[param][moment] = as_spread(tensors[name], param)
+
+
+def _layers_and_weights(config: ModelConfig) -> tuple[int, int]:
+    """Blocks, and the weights of all matrices, without a model's being built."""
+    if isinstance(config, BigramConfig):
+        return 0, config.vocab_size**2
+    return config.n_layer, config.n_embd * (
+        config.padded_vocab_size + config.block_size + 12 * config.n_layer * config.n_embd
+    )
 
 
 def _read_whole(folder: Path) -> RunState:

@@ -52,6 +52,8 @@ _ASIDE = {
     "checkpoint_interval",
     "keep",
     "sample_tokens",
+    "tensorboard",
+    "profile",
 }
 
 
@@ -108,10 +110,10 @@ class Trainer:
             folder, self.state = open_checkpoint(run, checkpoint)
             if self.state.step >= config.max_iters:
                 raise UserError(f"{run}: this run is at step {self.state.step} already: --max-iters gives it more")
+        self.model = restore_model(model_config, folder) if folder else build_model(model_config)
         left = config.max_iters - self.state.step
         if config.profile and left < LAST:
             raise UserError(f"profile traces steps {FIRST} to {LAST} of a start, and this one has only {left}")
-        self.model = restore_model(model_config, folder) if folder else build_model(model_config)
         if config.recompute and isinstance(self.model, GPT):
             self.model.recompute_blocks()
         if config.parallel == "fsdp" and self.world.size > 1:
@@ -230,7 +232,8 @@ class Trainer:
         batches = [self._batches[step * config.grad_accum + micro] for micro in self._share.micro_batches]
         x, y = (torch.stack([part[self._share.rows] for part in parts]) for parts in zip(*batches, strict=True))
         lr = torch.full((), learning_rate(step, config), dtype=torch.float32, device=self.device)
-        self._writer.before_update()
+        if isinstance(self._train_on, Graphed):  # its replay runs none of _whole_step's Python
+            self._writer.before_update()
         self._losses.append(self._train_on(x, y, lr))
         self.state.step += 1
 
@@ -258,6 +261,7 @@ class Trainer:
             The mean loss over the micro batches, a scalar in fp32.
         """
         loss = self._gradients_on(x, y)
+        self._writer.before_update()
         self._update(lr)
         return loss
 

@@ -50,7 +50,7 @@ PROCESSES.set_forkserver_preload([__name__])
 @pytest.fixture(autouse=True)
 def text(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(training, "plot_losses", lambda run: None)
+    monkeypatch.setattr(training, "plot_losses", lambda *_: None)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
 
 
@@ -113,7 +113,7 @@ def on_a_slow_disk(t: Trainer) -> None:
 
 def train_in_a_process(run: Path, prepare: Callable[[Trainer], None] | None, changes: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    training.plot_losses = lambda run: None
+    training.plot_losses = lambda *_: None
     t = trainer(run, **changes)
     if prepare:
         prepare(t)
