@@ -79,6 +79,18 @@ def test_half_of_what_torchrun_sets_is_refused(monkeypatch, missing):
         distributed.join()
 
 
+def test_a_wrong_command_is_told_by_one_process(monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        code, _, err = command("train", "--n-layer", "many")
+        assert code == 2
+        said.append(err)
+    assert "fastgpt: " in said[0]
+    assert said[1] == ""
+
+
 @pytest.fixture
 def alone_in_a_group():
     """A process group of this process alone: shards are whole, and all of the machinery runs."""
@@ -187,7 +199,7 @@ def text(tmp_path):
     return path
 
 
-def command(size: int, run: Path, *more: str, program: tuple[str, ...] = ("-m", "fastgpt"), **changes: object):
+def train_command(size: int, run: Path, *more: str, program: tuple[str, ...] = ("-m", "fastgpt"), **changes: object):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
     settings = {name.replace("_", "-"): value for name, value in changes.items()}
     if "--resume" not in more:
@@ -201,7 +213,7 @@ def environment(run: Path) -> dict[str, str]:
 
 
 def train(size: int, run: Path, *more: str, **changes: Any) -> subprocess.CompletedProcess[str]:
-    line = command(size, run, *more, **changes)
+    line = train_command(size, run, *more, **changes)
     return subprocess.run(line, capture_output=True, text=True, env=environment(run), timeout=280)
 
 
@@ -336,7 +348,7 @@ cli.main()
 
 def started(run: Path, parallel: str) -> subprocess.Popen[str]:
     """A long run of two processes that has trained for some steps."""
-    line = command(2, run, max_iters=10**6, eval_interval=10**6, parallel=parallel)
+    line = train_command(2, run, max_iters=10**6, eval_interval=10**6, parallel=parallel)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(run))
     deadline = time.monotonic() + 100
     while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < 4:
