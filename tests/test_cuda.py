@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,30 +102,19 @@ def test_a_training_step_in_a_cuda_graph_is_that_of_eager_mode(backend: str) -> 
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("switch", ["cuda_graph", "recompute", "compile"])
 @every_backend
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_run_in_a_cuda_graph_is_that_of_eager_mode(
-    backend: str, recompute: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, switch: str, dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 50)
-    data = str(tmp_path / "text.txt")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    config = TrainConfig(str(text), backend, "cuda", dtype, batch_size=4, grad_accum=2, lr=1e-2, warmup_iters=2)
     losses = []
-    for cuda_graph in (False, True):
-        config = TrainConfig(
-            data=data,
-            device="cuda",
-            backend=backend,
-            dtype=dtype,
-            batch_size=4,
-            grad_accum=2,
-            max_iters=20,
-            lr=1e-2,
-            warmup_iters=2,
-            recompute=recompute and cuda_graph,
-            cuda_graph=cuda_graph,
-        )
-        trainer = Trainer(CONFIG, config, tmp_path / f"{cuda_graph}")
+    for switches in ({}, {"cuda_graph": True, switch: True}):
+        trainer = Trainer(CONFIG, dataclasses.replace(config, **switches), tmp_path / f"{len(switches)}")
         with trainer.backend:
             for _ in range(20):
                 trainer._step()

@@ -98,7 +98,7 @@ def test_the_cache_changes_no_token(backend, options, settings):
         cached = all_tokens(m, idx, count, **settings)
         uncached = all_tokens(m, idx, count, use_cache=False, **settings)
     assert cached.tolist() == uncached.tolist()
-    assert len(set(cached[0].tolist())) > 3
+    assert len(set(cached[0].tolist())) > 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
