@@ -242,7 +242,7 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> None:
         ops.clip_grad_norm_(grads, max_norm)
         return
     shards = [grad.to_local() for grad in grads]  # type: ignore[attr-defined]
-    squared = ops.clip_grad_norm_(shards, math.inf).double().square()  # exact, so the sum has one rounding at most
+    squared = ops.clip_grad_norm_(shards, math.inf).double().square()  # in fp64, that only the end is rounded
     norm = _world.sum(squared).sqrt().float()
     torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
