@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastgpt.config import MODEL_CONFIGS, BigramConfig, ModelConfig, TrainConfig, TrainingError, UserError, field_types
+from fastgpt.distributed import as_spread, gathered, is_sharded, world
 from fastgpt.files import json_bytes, read_json, sha256_of, sync, write_atomically
 from fastgpt.model import GPT, Bigram
 from fastgpt.optim import AdamW
@@ -118,9 +119,14 @@ class Snapshot:
 
     @classmethod
     def take(cls, state: RunState, model: nn.Module, optimizer: AdamW) -> Snapshot:
-        """Copy the run; from a GPU into pinned memory on a stream of its own, without waiting for it."""
+        """Copy the run; from a GPU into pinned memory on a stream of its own, without waiting for it.
+
+        Of a sharded model all processes take it together, and the main one alone gets anything.
+        """
         device = next(model.parameters()).device
         weights, training = _weights(model), _training_tensors(model, optimizer)
+        if is_sharded(model):
+            return cls(copy.deepcopy(state), gathered(weights), gathered(training), None)
         if device.type != "cuda":
             return cls(copy.deepcopy(state), _cloned(weights), _cloned(training), None)
         stream = torch.cuda.Stream(device)
@@ -150,9 +156,11 @@ class CheckpointWriter:
     def save(self, state: RunState, model: nn.Module, optimizer: AdamW, best: bool) -> None:
         """Take a snapshot and have it written; waits for the checkpoint before, should that be under way still."""
         self.wait()
-        snapshot = Snapshot.take(state, model, optimizer)
-        self._step, self._copied = state.step, snapshot.copied
-        self._pending = self._thread.submit(write_checkpoint, self._run, snapshot, best, self._keep)
+        if world().is_main or is_sharded(model):
+            snapshot = Snapshot.take(state, model, optimizer)
+        if world().is_main:
+            self._step, self._copied = state.step, snapshot.copied
+            self._pending = self._thread.submit(write_checkpoint, self._run, snapshot, best, self._keep)
 
     def before_update(self) -> None:
         """Call it before weights or moments change: the GPU, not the host, then waits for the snapshot's copies."""
@@ -403,7 +411,7 @@ def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
     for group in optimizer.param_groups:
         group["step"] = tensors["step"].to(group["params"][0].device, torch.float32, copy=True)
     for name, (param, moment) in moments.items():
-        optimizer.state[param][moment] = tensors[name].to(param.device, torch.float32, copy=True)
+        optimizer.state[param][moment] = as_spread(tensors[name], param)
 
 
 def _layers_and_weights(config: ModelConfig) -> tuple[int, int]:

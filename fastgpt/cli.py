@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastgpt
-from fastgpt import dispatch
+from fastgpt import dispatch, distributed
 from fastgpt.benchmarks.compare import THRESHOLD, compare
 from fastgpt.benchmarks.result import load
 from fastgpt.checkpoint import find_checkpoint, load_model, read_config
@@ -74,6 +74,7 @@ def main() -> NoReturn:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
     try:
         code = app(standalone_mode=False)
+        distributed.leave()
     except (UserError, TrainingError) as error:
         _fail(str(error), 2 if isinstance(error, UserError) else 1)
     except _USAGE_ERROR as error:
@@ -88,6 +89,8 @@ def main() -> NoReturn:
     except (MemoryError, torch.OutOfMemoryError) as error:
         _fail(f"out of memory: {error}", 1)
     except RuntimeError as error:
+        if distributed.lost_a_process(error):
+            _fail("another process of this run has ended; it has said why, or torchrun's report does", 1)
         if "allocate" not in str(error):  # PyTorch's CPU allocator raises no type of its own
             raise
         _fail("out of memory: the model or the batch is too large for this machine", 1)
@@ -95,7 +98,7 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    if message:  # typer has none where it has printed the help
+    if message and distributed.is_first_to_fail():  # typer has none where it has printed the help
         print("fastgpt: " + " ".join(message.replace("Value error, ", "").split()), file=sys.stderr)
     sys.exit(code)
 
@@ -115,6 +118,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def _train(
     preset: str | None, config: Path | None, out: Path | None, resume: bool, checkpoint: str | None, **overrides: Any
 ) -> None:
+    world = distributed.join()
     given = {name: value for name, value in overrides.items() if value is not None}
     if resume:
         if out is None:
@@ -137,9 +141,9 @@ def _train(
             preset = "shakespeare-cpu" if device.type == "cpu" else "shakespeare"
         model_config, train_config = PRESETS[preset].model, PRESETS[preset].train
     model_config, train_config = _override(model_config, train_config, given)
-    run = out or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = Path(world.same(str(out or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")))
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, quiet=not world.is_main)
     trainer = Trainer(
         model_config,
         train_config,
@@ -151,6 +155,8 @@ def _train(
     )
     console.print(trainer.describe(), markup=False)
     finished = trainer.run_until_done()
+    if not world.is_main:
+        return
     state = trainer.state
     if not finished:
         saved = f"saved in {find_checkpoint(run)}" if state.step else "nothing to save yet"
@@ -158,7 +164,7 @@ def _train(
         if state.step:
             console.print(f"go on with: fastgpt train --resume --out {run}", markup=False)
         return
-    if train_config.sample_tokens:
+    if train_config.sample_tokens and not distributed.is_sharded(trainer.model):
         console.print("\na sample:\n", style="bold")
         tokenizer = trainer.dataset.tokenizer
         prompts = [_beginning(tokenizer)]

@@ -136,8 +136,11 @@ class TrainConfig:
         False, "activation checkpointing: compute blocks again in the backward instead of keeping what they made"
     )
     tf32: bool = _option(False, "make fp32 products on a GPU's tensor cores, of factors rounded to 10 bits")
+    parallel: Literal["ddp", "fsdp"] = _option(
+        "ddp", "of several processes (torchrun), each has the whole model (ddp) or a share of it (fsdp)"
+    )
     batch_size: int = _option(12, "sequences per forward pass")
-    grad_accum: int = _option(1, "forward passes per step of the optimizer")
+    grad_accum: int = _option(1, "forward passes per step of the optimizer; several processes share them")
     max_iters: int = _option(2000, "steps of the optimizer")
     lr: float = _option(1e-3, "learning rate after the warmup")
     min_lr: float = _option(1e-4, "learning rate at the end of the cosine")

@@ -102,15 +102,15 @@ class Batches:
         self._offsets = np.arange(block_size + 1)
         self._batch_size = batch_size
         self._key = (seed, int.from_bytes(stream.encode(), "little"))
-        self._device = device
+        self.device = device
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Batch ``index``: tokens and the tokens that follow them, two (B, T) of int64."""
         rng = np.random.default_rng((*self._key, index))
         starts = rng.integers(0, len(self._tokens) - len(self._offsets) + 1, size=(self._batch_size, 1))
         rows = torch.from_numpy(self._tokens[starts + self._offsets].astype(np.int64))  # (B, T + 1)
-        if self._device.type != "cpu":
-            rows = rows.pin_memory().to(self._device, non_blocking=True)
+        if self.device.type != "cpu":
+            rows = rows.pin_memory().to(self.device, non_blocking=True)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 

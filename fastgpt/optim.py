@@ -58,10 +58,10 @@ class AdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
             ops.adamw_(
-                params,
-                [p.grad for p in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                _own_parts(params),
+                _own_parts([p.grad for p in params]),
+                _own_parts([state["exp_avg"] for state in states]),
+                _own_parts([state["exp_avg_sq"] for state in states]),
                 group["step"],
                 lr=lr if isinstance(lr, Tensor) else torch.full_like(group["step"], lr),
                 betas=group["betas"],
@@ -82,6 +82,11 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if "step" in group:
                 group["step"] = group["step"].to(group["params"][0].device)
+
+
+def _own_parts(tensors: list[Any]) -> list[Tensor]:
+    """Of tensors that are spread over processes (DTensors), the shards that lie in this one; others as they are."""
+    return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:

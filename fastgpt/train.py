@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 import fastgpt
-from fastgpt import dispatch, ops
+from fastgpt import dispatch, distributed
 from fastgpt.checkpoint import (
     CHECKPOINTS,
     CheckpointWriter,
@@ -83,10 +83,12 @@ class Trainer:
         checkpoint: str = "last",
         console: Console | None = None,
     ) -> None:
+        self.world = distributed.world()
         self.console = console or Console()
         if not resume and (run / CHECKPOINTS).exists():
             raise UserError(f"{run}: a run lies here already: continue it with --resume, or choose another --out")
-        self.device = pick_device(config.device)
+        self._share = self.world.share(config.batch_size, config.grad_accum)
+        self.device = pick_device(self.world.device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
         self.backend = pick_backend(config.backend, self.device, self.dtype)
         if config.recompute and not isinstance(model_config, GPTConfig):
@@ -94,7 +96,8 @@ class Trainer:
         if config.tensorboard:
             check_tensorboard()
         _, begun, tokenizer = read_config(run) if resume else (None, config, None)
-        self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
+        with self.world.local_first():
+            self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
         found = self.dataset.name  # a path is kept as one that holds from any folder
         found = found if found in NAMED_TEXTS else str(Path(found).expanduser().resolve())
         self.config = config = replace(config, data=found)
@@ -116,14 +119,17 @@ class Trainer:
             )
         if config.recompute and isinstance(self.model, GPT):
             self.model.recompute_blocks()
-        self.model.to(self.device)
+        if config.parallel == "fsdp" and self.world.size > 1:
+            self.world.shard(self.model, self.device)
+        else:
+            self.model.to(self.device)
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if folder:
             load_training(folder, self.model, self.optimizer)
             if self.state.scaler:  # empty if the run was not in fp16 until now
                 self.scaler.load_state_dict(self.state.scaler)
-        self._forward: Any = torch.compile(self.model, fullgraph=True) if config.compile else self.model
+        self._forward: Any = distributed.compiled(self.model) if config.compile else self.model
         self._autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
         block_size = model_config.block_size
@@ -134,16 +140,18 @@ class Trainer:
         self._speeds: list[float] = []  # tokens per second of each stretch between two log lines
         self._stop = False
 
-        run.mkdir(parents=True, exist_ok=True)
         self.run = run
-        if folder:
-            go_back_to(run, folder.name)
         self._writer = CheckpointWriter(run, config.keep)
+        self._metrics: Metrics | None = None
         if resume:
             self._say_what_changed(begun)
-        versions = {"fastgpt": fastgpt.__version__, "torch": torch.__version__}
-        write_config(run, model_config, config, self.dataset.tokenizer, versions)
-        self._metrics = Metrics(run, self.state.step if folder else -1, tensorboard=config.tensorboard)
+        if self.world.is_main:
+            run.mkdir(parents=True, exist_ok=True)
+            if folder:
+                go_back_to(run, folder.name)
+            versions = {"fastgpt": fastgpt.__version__, "torch": torch.__version__}
+            write_config(run, model_config, config, self.dataset.tokenizer, versions)
+            self._metrics = Metrics(run, self.state.step if folder else -1, tensorboard=config.tensorboard)
         self._train_on, self._gradients_on = self._as_graphs()
         if config.tf32 and (self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) < (8, 0)):
             self._warn(f"tf32: {device_name(self.device)} makes no such products, so those of fp32 stay as they are")
@@ -155,12 +163,12 @@ class Trainer:
 
     @property
     def mfu(self) -> float | None:
-        """The model's FLOPs per second, in the last stretch, over the GPU's peak; None where nobody states one."""
+        """The model's FLOPs per second, in the last stretch, over the GPUs' peak; None where nobody states one."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         peak = peak_flops(gpu, self._dtype_name)
         if peak is None or not self._speeds or not isinstance(self.model, GPT):
             return None
-        return self._speeds[-1] * self.model.flops_per_token() / peak
+        return self._speeds[-1] * self.model.flops_per_token() / (peak * self.world.size)
 
     @property
     def _dtype_name(self) -> str:
@@ -185,11 +193,12 @@ class Trainer:
                 before stands.
         """
         config, state = self.config, self.state
+        self._forward = self.world.replicate(self._forward, self.device)
         self._began = time.monotonic() - state.elapsed_s
         with (
             self.backend,
             fp32_products(tf32=config.tf32),
-            contextlib.closing(self._metrics),
+            contextlib.closing(self._metrics) if self._metrics else contextlib.nullcontext(),
             self._stop_on_signal(),
             self._writer,
             _progress(self.console) as bar,
@@ -199,12 +208,12 @@ class Trainer:
             if state.step == 0:
                 self._evaluate(config.eval_iters)
             self._start_clock()
-            ending = self._stop
+            ending = self.world.any(self._stop)
             while not ending:
                 self._step()
                 stepped()
                 done = state.step == config.max_iters
-                ending = done or self._stop
+                ending = self.world.any(done or self._stop)
                 evaluating = done or state.step % config.eval_interval == 0
                 saving = ending or state.step % (config.checkpoint_interval or config.eval_interval) == 0
                 if evaluating or saving or state.step % config.log_interval == 0:
@@ -222,8 +231,9 @@ class Trainer:
     def _step(self) -> None:
         """One step of the optimizer; its loss waits on the device for the next log line."""
         config, step = self.config, self.state.step
-        batches = [self._batches[step * config.grad_accum + micro] for micro in range(config.grad_accum)]
-        x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
+        self.world.seed(config.seed, step)
+        batches = [self._batches[step * config.grad_accum + micro] for micro in self._share.micro_batches]
+        x, y = (torch.stack([part[self._share.rows] for part in parts]) for parts in zip(*batches, strict=True))
         lr = torch.full((), learning_rate(step, config), dtype=torch.float32, device=self.device)
         if isinstance(self._train_on, Graphed):  # its replay runs none of _whole_step's Python
             self._writer.before_update()
@@ -237,6 +247,9 @@ class Trainer:
         if self.device.type != "cuda":
             self._warn(f"cuda_graph: there is no CUDA graph on {self.device}, so each step runs op by op")
             return self._whole_step, self._accumulate
+        if self.world.size > 1:
+            self._warn("cuda_graph: several processes have none, since each waits for the others: steps run op by op")
+            return self._whole_step, self._accumulate
         if self.scaler.is_enabled():  # in fp16 the host asks, before the update, whether the gradients are finite
             return self._whole_step, Graphed(self._accumulate, self.device)
         return Graphed(self._whole_step, self.device), self._accumulate
@@ -245,7 +258,7 @@ class Trainer:
         """One step of the optimizer as a function of tensors on the device: nothing in it comes from the host.
 
         Args:
-            x, y: (grad_accum, B, T), int64, tokens and the tokens that follow them.
+            x, y: (micro batches, B, T), int64, tokens and the tokens that follow them: this process's share.
             lr: a scalar in fp32.
         Returns:
             The mean loss over the micro batches, a scalar in fp32.
@@ -259,10 +272,11 @@ class Trainer:
         """Forward and backward of each micro batch: gradients anew in the parameters, and the mean loss."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for tokens, targets in zip(x, y, strict=True):
-            with self._autocast:
-                _, loss = self._forward(tokens, targets)
-            self.scaler.scale(loss / len(x)).backward()
+        for index, (tokens, targets) in enumerate(zip(x, y, strict=True)):
+            with distributed.gradient_sync(self._forward, wanted=index == len(x) - 1):
+                with self._autocast:
+                    _, loss = self._forward(tokens, targets)
+                self.scaler.scale(loss / len(x)).backward()
             total += loss.detach() / len(x)
         return total
 
@@ -272,7 +286,7 @@ class Trainer:
             group["lr"] = lr
         if self.config.grad_clip > 0:
             self.scaler.unscale_(self.optimizer)
-            ops.clip_grad_norm_(gradients(self.model), self.config.grad_clip)
+            distributed.clip_grad_norm_(gradients(self.model), self.config.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -283,7 +297,8 @@ class Trainer:
         """Read the losses since the last log line, and write their mean."""
         if not self._losses:
             return
-        losses = torch.stack(self._losses).tolist()  # waits for the device: from here on the clock is right
+        means = self.world.sum(torch.stack(self._losses)) / self.world.size
+        losses = means.tolist()  # waits for the device: from here on the clock is right
         first = self.state.step - len(losses) + 1
         for step, loss in enumerate(losses, first):
             self._require_finite(loss, step)
@@ -308,13 +323,14 @@ class Trainer:
             state.best_val_loss = state.val_loss
         for split, loss in (("train", state.train_loss), ("val", state.val_loss)):
             self._write_metrics(split, loss, batches, evaluation=True)
-        plot_losses([self.run], self.run / "loss.png")
+        if self.world.is_main:
+            plot_losses([self.run], self.run / "loss.png")
         speed = f", {self._speeds[-1]:,.0f} tokens/s" if self._speeds else ""
         self.console.print(f"step {state.step}: train {state.train_loss:.4f}, val {state.val_loss:.4f}{speed}")
         return best
 
     def _mean_loss(self, split: str, batches: int) -> float:
-        loss = mean_loss(self._forward, self._eval_batches[split], batches, self._autocast)
+        loss = mean_loss(self._forward, self._eval_batches[split], batches, self._autocast, self.world)
         self._require_finite(loss, self.state.step)
         return loss
 
@@ -322,6 +338,7 @@ class Trainer:
         if math.isfinite(loss):
             return
         self._writer.wait()  # one that is under way will stand
+        self.world.any(False)  # no process speaks before the writing one is that far
         raise TrainingError(
             f"the loss became {loss} at step {step}, so the run was stopped; {what_stands(self.run)} "
             "(a lower --lr, a longer --warmup-iters or --dtype fp32 may help)"
@@ -329,6 +346,8 @@ class Trainer:
 
     def _write_metrics(self, split: str, loss: float, batches: int, *, evaluation: bool) -> None:
         self.state.elapsed_s = time.monotonic() - self._began
+        if self._metrics is None:
+            return
         self._metrics.write(
             step=self.state.step,
             split=split,
@@ -344,7 +363,7 @@ class Trainer:
         )
 
     def _profiling(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
-        if not self.config.profile:
+        if not (self.config.profile and self.world.is_main):
             return contextlib.nullcontext(lambda: None)
         return traced(self.run / "trace.json", self.device, self._say)
 
@@ -397,16 +416,23 @@ def evaluation_batches(
 
 
 @torch.no_grad()
-def mean_loss(model: Any, batches: Batches, count: int, autocast: torch.autocast) -> float:
-    """The model's loss averaged over the first ``count`` batches, in evaluation mode and without gradients."""
+def mean_loss(
+    model: Any, batches: Batches, count: int, autocast: torch.autocast, world: distributed.World = distributed.ALONE
+) -> float:
+    """The model's loss averaged over the first ``count`` batches, in evaluation mode and without gradients.
+
+    The processes of ``world`` share the batches out, and the value is the same on any number of them. As sharded
+    weights are gathered by all of them together, those with a batch less take one that is not counted.
+    """
     model.eval()
-    losses = []
-    for index in range(count):
+    rounds = -(-count // world.size)
+    losses = torch.zeros(rounds * world.size, device=batches.device)
+    for index in range(world.rank, len(losses), world.size):
         x, y = batches[index]
         with autocast:
-            losses.append(model(x, y)[1])
+            losses[index] = model(x, y)[1]
     model.train()
-    return torch.stack(losses).double().mean().item()
+    return world.sum(losses)[:count].double().mean().item()
 
 
 def _with_vocabulary(model_config: ModelConfig, dataset: Dataset, keep: bool) -> ModelConfig:

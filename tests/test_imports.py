@@ -16,7 +16,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("train", "generate", "benchmarks"),
-    ("model", "data", "optim", "checkpoint", "metrics", "placement"),
+    ("model", "data", "optim", "checkpoint", "metrics", "placement", "distributed"),
     ("ops",),
     ("dispatch",),
     ("reference", "torch_native"),

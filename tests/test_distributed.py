@@ -1,0 +1,358 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastgpt import GPT, GPTConfig, distributed, use_backend
+from fastgpt.checkpoint import find_checkpoint, load_model
+from fastgpt.config import TrainConfig, UserError
+from fastgpt.distributed import World
+from fastgpt.metrics import read_metrics
+from fastgpt.optim import build_optimizer, gradients
+
+MODEL = GPTConfig(block_size=6, vocab_size=27, n_layer=2, n_head=2, n_embd=32)  # four shares of 6 rows: one is empty
+
+
+class TestShares:
+    @pytest.mark.parametrize(
+        ("size", "batch_size", "grad_accum"),
+        [(1, 3, 2), (2, 3, 2), (2, 4, 1), (2, 4, 3), (4, 2, 2), (8, 4, 6), (6, 4, 3), (8, 12, 40), (8, 1, 8)],
+    )
+    def test_each_sequence_of_a_step_goes_to_one_process(self, size, batch_size, grad_accum):
+        seen = []
+        for rank in range(size):
+            share = World(rank, size).share(batch_size, grad_accum)
+            mine = [(micro, row) for micro in share.micro_batches for row in range(batch_size)[share.rows]]
+            assert len(mine) == batch_size * grad_accum // size
+            seen += mine
+        assert sorted(seen) == [(micro, row) for micro in range(grad_accum) for row in range(batch_size)]
+
+    def test_whole_micro_batches_come_first(self):
+        assert World(1, 4).share(12, 8).rows == slice(0, 12)
+        assert list(World(1, 4).share(12, 8).micro_batches) == [1, 5]
+
+    @pytest.mark.parametrize(("size", "batch_size", "grad_accum"), [(2, 3, 1), (4, 2, 3), (8, 4, 2 * 3 - 1)])
+    def test_what_cannot_be_shared_evenly_is_refused(self, size, batch_size, grad_accum):
+        sentence = f"makes {batch_size * grad_accum} sequences a step, which {size} processes cannot share evenly"
+        with pytest.raises(UserError, match=sentence):
+            World(0, size).share(batch_size, grad_accum)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert World(5, 8, 1).device("auto") == World(5, 8, 1).device("cuda") == "cuda:1"
+    assert World(5, 8, 1).device("cpu") == "cpu"
+    assert World().device("cuda:3") == "cuda:3"
+    with pytest.raises(UserError, match="device cuda:3 is one GPU, and 8 processes need one each"):
+        World(5, 8, 1).device("cuda:3")
+
+
+def test_seeds_differ_by_process_and_step_and_come_back():
+    def drawn(rank, step):
+        World(rank, 2).seed(7, step)
+        return torch.rand(1).item()
+
+    assert len({drawn(rank, step) for rank in range(2) for step in range(3)}) == 6
+    assert drawn(1, 2) == drawn(1, 2)
+    torch.manual_seed(0)
+    wanted = torch.rand(1)
+    torch.manual_seed(0)
+    World().seed(7, 0)  # a process alone keeps its own
+    assert torch.equal(torch.rand(1), wanted)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_half_of_what_torchrun_sets_is_refused(monkeypatch, missing):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.delenv(missing)
+    with pytest.raises(UserError, match=f"WORLD_SIZE is set and {missing} is not: start several processes"):
+        distributed.join()
+
+
+def test_a_wrong_command_is_told_by_one_process(monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        code, _, err = command("train", "--n-layer", "many")
+        assert code == 2
+        said.append(err)
+    assert "fastgpt: " in said[0]
+    assert said[1] == ""
+
+
+@pytest.fixture
+def alone_in_a_group():
+    """A process group of this process alone: shards are whole, and all of the machinery runs."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def a_step(model, optimizer):
+    x, y = torch.randint(27, (2, 4, 6), generator=torch.Generator().manual_seed(0))
+    for index in range(2):
+        with distributed.gradient_sync(model, wanted=index == 1):
+            _, loss = model(x, y)
+            loss.backward()
+    before = [grad.clone() for grad in gradients(model)]
+    distributed.clip_grad_norm_(gradients(model), 0.1)
+    after = [grad.clone() for grad in gradients(model)]
+    optimizer.step()
+    return loss.detach(), before, after
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+def test_a_sharded_model_takes_the_same_step(alone_in_a_group, backend):
+    plain = GPT(MODEL)
+    sharded = GPT(MODEL)
+    sharded.load_state_dict(plain.state_dict())
+    World().shard(sharded, torch.device("cpu"))
+    assert sharded.num_params() == plain.num_params()
+    with use_backend(backend):
+        steps = [a_step(model, build_optimizer(model, TrainConfig(lr=0.1))) for model in (plain, sharded)]
+    assert torch.equal(steps[0][0], steps[1][0])
+    for plain_grads, sharded_grads in zip(steps[0][1:], steps[1][1:], strict=True):
+        for p, q in zip(plain_grads, sharded_grads, strict=True):
+            torch.testing.assert_close(q.full_tensor(), p, rtol=1e-6, atol=0)
+    for (name, p), (_, q) in zip(plain.named_parameters(), sharded.named_parameters(), strict=True):
+        torch.testing.assert_close(q.full_tensor(), p, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("backend", "rows"), [("cpp", 36), ("torch", 44)])
+def test_a_block_keeps_what_the_page_says(backend, rows):
+    B, T, C, H = 5, 16, 48, 3
+
+    def kept(n_layer):
+        model = GPT(GPTConfig(block_size=T, vocab_size=27, n_layer=n_layer, n_head=H, n_embd=C))
+        own = {p.shape for p in model.parameters()} | {p.mT.shape for p in model.parameters() if p.dim() == 2}
+        storages = {}
+
+        def pack(x):
+            if x.shape not in own:  # weights, and autocast's copies of them
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        idx = torch.randint(27, (B, T))
+        with use_backend(backend), torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                _, loss = model(idx, idx)
+        del loss
+        return sum(storages.values())
+
+    assert kept(4) - kept(3) == B * T * (rows * C + 4 * H + 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, as torchrun starts them
+# ---------------------------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "device": "cpu",
+    "block-size": 6,
+    "n-layer": 2,
+    "n-head": 2,
+    "n-embd": 32,
+    "batch-size": 4,
+    "grad-accum": 2,
+    "max-iters": 12,
+    "lr": 1e-2,
+    "warmup-iters": 2,
+    "eval-interval": 6,
+    "eval-iters": 3,
+    "final-eval-iters": 5,
+    "log-interval": 3,
+    "sample-tokens": 5,
+}
+
+
+def test_a_tensor_is_spread_and_gathered_again(alone_in_a_group):
+    model = GPT(MODEL)
+    wanted = {name: p.detach().clone() for name, p in model.named_parameters()}
+    World().shard(model, torch.device("cpu"))
+    spread = {name: distributed.as_spread(wanted[name], p) for name, p in model.named_parameters()}
+    assert all(type(x).__name__ == "DTensor" for x in spread.values())
+    found = distributed.gathered({**spread, "step": torch.ones(())})
+    assert found.pop("step") == 1
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert torch.equal(found[name], x)
+        assert type(found[name]) is torch.Tensor
+        found[name].zero_()  # a copy
+        assert torch.equal(spread[name].full_tensor(), x)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    return path
+
+
+def train_command(size: int, run: Path, *more: str, program: tuple[str, ...] = ("-m", "fastgpt"), **changes: object):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"] if size > 1 else []
+    settings = {name.replace("_", "-"): value for name, value in changes.items()}
+    if "--resume" not in more:
+        settings = {**SETTINGS, "data": run.parent / "text.txt", **settings}
+    options = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    return [sys.executable, *launcher, *program, "train", "--out", str(run), *options, *more]
+
+
+def environment(run: Path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "FASTGPT_CACHE": str(run.parent / "cache")}
+
+
+def train(size: int, run: Path, *more: str, **changes: Any) -> subprocess.CompletedProcess[str]:
+    line = train_command(size, run, *more, **changes)
+    return subprocess.run(line, capture_output=True, text=True, env=environment(run), timeout=280)
+
+
+def trained(size: int, run: Path, *more: str, **changes: object) -> dict[tuple[int, str, int], float]:
+    """The losses of a run, by step, split and batches averaged."""
+    done = train(size, run, *more, **changes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("checkpoint: ") == 1, "one process prints"
+    return losses(run)
+
+
+def losses(run: Path) -> dict[tuple[int, str, int], float]:
+    lines = read_metrics(run)
+    found = {(line["step"], line["split"], line["batches"]): line["loss"] for line in lines}
+    assert len(found) == len(lines), "one process writes"
+    return found
+
+
+def assert_same_curve(found, wanted):
+    assert found.keys() == wanted.keys()
+    for key, loss in wanted.items():
+        assert found[key] == pytest.approx(loss, rel=2e-5), key
+
+
+@pytest.mark.full
+class TestSeveralProcesses:
+    def test_the_curve_is_the_same_on_1_2_and_4_processes(self, tmp_path, text):
+        wanted = trained(1, tmp_path / "one")
+        assert wanted[12, "val", 5] < wanted[0, "val", 3] - 0.3
+        first = {key: loss for key, loss in wanted.items() if key[0] == 0}
+        for name, size, parallel in (("two", 2, "ddp"), ("four", 4, "ddp"), ("shards", 2, "fsdp"), ("many", 4, "fsdp")):
+            found = trained(size, tmp_path / name, parallel=parallel)
+            assert_same_curve(found, wanted)
+            for key, loss in first.items():
+                assert found[key] == loss, "an evaluation of the same weights has the same bits"
+            mine, ones = (load_model(tmp_path / run, "last")[0] for run in (name, "one"))
+            for (of, p), (_, q) in zip(mine.named_parameters(), ones.named_parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=of)
+
+    @pytest.mark.parametrize("ways", ["1ddp 2ddp 4fsdp", "4fsdp 2ddp 1ddp", "2fsdp 4fsdp 2fsdp"])
+    def test_a_run_goes_on_on_another_number_of_processes(self, tmp_path, text, ways):
+        wanted = trained(1, tmp_path / "one", lr_decay_iters=12)
+        run, (first, second, third) = tmp_path / "run", ways.split()
+        trained(int(first[0]), run, parallel=first[1:], max_iters=4, lr_decay_iters=12, eval_interval=4)
+        trained(int(second[0]), run, "--resume", max_iters=6, parallel=second[1:], eval_interval=6)
+        found = trained(int(third[0]), run, "--resume", max_iters=12, parallel=third[1:])
+        for key in ((9, "train", 6), (12, "val", 5), (12, "train", 5)):
+            assert found[key] == pytest.approx(wanted[key], rel=2e-5)
+
+    @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+    def test_dropout_and_resuming_repeat(self, tmp_path, text, parallel):
+        wanted = trained(2, tmp_path / "whole", dropout=0.3, parallel=parallel)
+        trained(2, tmp_path / "halves", dropout=0.3, parallel=parallel, max_iters=6, lr_decay_iters=12)
+        assert trained(2, tmp_path / "halves", "--resume", max_iters=12)[12, "val", 5] == wanted[12, "val", 5]
+
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    def test_half_precision(self, tmp_path, text, dtype):
+        wanted = trained(1, tmp_path / "one", dtype=dtype)
+        for parallel in ("ddp", "fsdp"):
+            found = trained(2, tmp_path / parallel, dtype=dtype, parallel=parallel)
+            assert found[12, "val", 5] == pytest.approx(wanted[12, "val", 5], rel=1e-2)
+
+    def test_an_error_of_all_is_told_once(self, tmp_path, text):
+        done = train(2, tmp_path / "run", batch_size=3, grad_accum=1)
+        assert done.returncode != 0
+        assert done.stderr.count("fastgpt: batch_size 3 times grad_accum 1 makes 3 sequences a step") == 1
+        assert done.stderr.count("fastgpt: ") == 1
+        assert not (tmp_path / "run").exists()
+
+    def test_a_loss_that_is_not_a_number_ends_all_and_is_told_once(self, tmp_path, text):
+        done = train(2, tmp_path / "run", lr=1e30, grad_clip=0, warmup_iters=0)
+        assert done.returncode != 0
+        assert len(re.findall(r"fastgpt: the loss became (nan|inf)", done.stderr)) == 1
+        assert done.stderr.count("fastgpt: ") == 1
+
+    @pytest.mark.parametrize(
+        ("fault", "sentence"),
+        [
+            ("raise MemoryError('planted')", "fastgpt: out of memory: planted"),
+            ("self._losses[-1] *= float('nan')", "fastgpt: the loss became nan at step 5, so the run was stopped"),
+        ],
+    )
+    def test_a_fault_of_one_process_is_the_reason_that_all_end(self, tmp_path, text, fault, sentence):
+        script = tmp_path / "faulty.py"
+        script.write_text(FAULTY.format(fault=fault))
+        done = train(2, tmp_path / "run", program=(str(script),))
+        assert done.returncode != 0
+        assert done.stderr.count(sentence) == 1
+        assert done.stderr.count("fastgpt: ") == 1
+
+    @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+    def test_a_signal_to_all_makes_one_checkpoint(self, tmp_path, text, parallel):
+        run = tmp_path / "run"
+        process = started(run, parallel)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=100)
+        assert out.count("stopping after this step and saving") == 1
+        assert out.count("stopped at step ") == 1
+        state = json.loads((find_checkpoint(run) / "state.json").read_text())
+        assert state["step"] > 0
+        assert f"stopped at step {state['step']}" in out
+
+    def test_the_death_of_a_process_ends_the_run_with_its_reason(self, tmp_path, text):
+        run = tmp_path / "run"
+        process = started(run, "ddp")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        victim = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        began = time.monotonic()
+        os.kill(int(victim), signal.SIGKILL)
+        _, err = process.communicate(timeout=100)
+        assert time.monotonic() - began < 60
+        assert process.returncode != 0
+        assert err.count("fastgpt: another process of this run has ended") <= 1
+        assert "Signal 9 (SIGKILL) received by PID" in err
+        assert "fastgpt/train.py" not in err, "no traceback of a process that only noticed"
+
+
+FAULTY = """
+import os
+from fastgpt import cli
+from fastgpt.train import Trainer
+
+def step(self, real=Trainer._step):
+    real(self)
+    if self.state.step == 5 and os.environ["RANK"] == "1":
+        {fault}
+
+Trainer._step = step
+cli.main()
+"""
+
+
+def started(run: Path, parallel: str) -> subprocess.Popen[str]:
+    """A long run of two processes that has trained for some steps."""
+    line = train_command(2, run, max_iters=10**6, eval_interval=10**6, parallel=parallel)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(run))
+    deadline = time.monotonic() + 100
+    while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < 4:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "it never began to train"
+        time.sleep(0.2)
+    return process
