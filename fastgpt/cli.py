@@ -26,7 +26,9 @@ from fastgpt.checkpoint import Which, find_checkpoint, load_model, read_config
 from fastgpt.config import MODEL_CONFIGS, PRESETS, GPTConfig, ModelConfig, TrainConfig, UserError, field_types
 from fastgpt.data import load_dataset
 from fastgpt.generate import check_sampling, generate
+from fastgpt.model import GPT
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
+from fastgpt.pretrained import export_hf, load_pretrained
 from fastgpt.tokenizer import CharTokenizer
 from fastgpt.train import Trainer, TrainingError, evaluation_batches, mean_loss
 from fastgpt.triton_kernels import library as triton_library
@@ -108,6 +110,8 @@ def _train(preset: str | None, config: Path | None, out: Path | None, resume: bo
             raise UserError("--resume needs --out DIR, the folder of the run to continue")
         if preset or config:
             raise UserError("--resume takes its settings from the run: leave out --preset and --config")
+        if "init" in given:
+            raise UserError("--resume goes on with the run's own weights: leave out --init")
         model_config, train_config, _ = read_config(out)
         find_checkpoint(out)
         for name in field_types(type(model_config)).keys() & given.keys():
@@ -118,16 +122,31 @@ def _train(preset: str | None, config: Path | None, out: Path | None, resume: bo
                 )
     else:
         preset, given = _settings(preset, config, given)
-        if preset is None:
+        if preset is None and given.get("init"):
+            preset = "finetune-shakespeare"
+        elif preset is None:
             device = pick_device(given.get("device", "auto"))
             preset = "shakespeare-cpu" if device.type == "cpu" else "shakespeare"
         model_config, train_config = PRESETS[preset].model, PRESETS[preset].train
     model_config, train_config = _override(model_config, train_config, given)
+    init = None
+    if train_config.init and not resume:
+        if not isinstance(model_config, GPTConfig):
+            raise UserError(f"--init needs the preset of a GPT, which {preset} is not")
+        own = {name: given[name] for name in field_types(GPTConfig).keys() & given.keys()}
+        init = load_pretrained(train_config.init, **{"dropout": model_config.dropout, **own})
+        model_config = init[0].config
     run = out or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     console = Console(soft_wrap=True, highlight=False)
     trainer = Trainer(
-        model_config, train_config, run, keep_vocab_size="vocab_size" in given, resume=resume, console=console
+        model_config,
+        train_config,
+        run,
+        keep_vocab_size="vocab_size" in given,
+        resume=resume,
+        init=init,
+        console=console,
     )
     console.print(trainer.describe(), markup=False)
     finished = trainer.run_until_done()
@@ -340,6 +359,21 @@ def evaluate(
     for split, loss in losses.items():
         table.add_row(split, f"{loss:.4f}", f"{torch.tensor(loss).exp():.3f}")
     console.print(table)
+
+
+@app.command()
+def export(
+    run: _RunArgument,
+    to: Annotated[Literal["hf"], typer.Option(help="hf: a folder that Hugging Face's transformers opens")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="the folder to write")],
+    checkpoint: _CheckpointOption = "best",
+) -> None:
+    """Write a checkpoint for other programs."""
+    model, _, _, state = load_model(run, checkpoint)
+    if not isinstance(model, GPT):
+        raise UserError(f"{run}: only a GPT can be exported, and this run trained a {type(model).__name__}")
+    export_hf(model, out)
+    print(f"step {state.step} of {run} is in {out}: transformers.GPT2LMHeadModel.from_pretrained({str(out)!r})")
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """The one reader of files of tensors: nothing in them is executed, and what is not wanted is not read.
 
-A file is safetensors: eight bytes, a JSON header of that length, the numbers. safetensors checks that the header fits the
-file and maps the numbers into memory, so that names, shapes and dtypes are known before any of them is read.
+A file is safetensors: eight bytes, a JSON header of that length, the numbers. safetensors checks that the header fits
+the file and maps the numbers into memory, so that names, shapes and dtypes are known before any of them is read.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def read_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         like: a tensor of each name's shape, on any device, which the file's must have; where it is floating, they are,
             in any of ``FLOATS``, and elsewhere they have its dtype.
     Returns:
-        {name: tensor} on the CPU, in the file's precision, every number finite. A change to them does not reach the file.
+        {name: tensor} on the CPU, in the file's precision, every number finite; the file never sees a change to one.
     Raises:
-        UserError: no such file, not a whole safetensors file, a tensor that is missing, of another shape or kind, or one
-            that holds a NaN or an infinity; shapes are looked at before numbers.
+        UserError: no such file, not a whole safetensors file, a tensor that is missing, of another shape or kind, or
+            one that holds a NaN or an infinity; shapes are looked at before numbers.
     """
     file = _open(path)
     names = set(file.keys())

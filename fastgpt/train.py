@@ -35,8 +35,10 @@ from fastgpt.checkpoint import (
 from fastgpt.config import ModelConfig, TrainConfig, UserError
 from fastgpt.data import NAMED_TEXTS, Batches, Dataset, load_dataset
 from fastgpt.metrics import Metrics, plot_losses
+from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
+from fastgpt.tokenizer import CharTokenizer
 
 
 class TrainingError(RuntimeError):
@@ -52,6 +54,8 @@ class Trainer:
         run: the folder that the run writes (see fastgpt.checkpoint and fastgpt.metrics).
         keep_vocab_size: take ``model_config.vocab_size`` as it is.
         resume: go on from the last checkpoint in ``run``.
+        init: weights to start from and the tokenizer that they want, as ``load_pretrained`` has them; ``model_config``
+            is the model's.
         console: where lines and the progress bar go.
     Raises:
         UserError: settings, data or a folder that cannot be used; nothing has been written into ``run`` then.
@@ -65,6 +69,7 @@ class Trainer:
         *,
         keep_vocab_size: bool = False,
         resume: bool = False,
+        init: tuple[GPT, CharTokenizer | None] | None = None,
         console: Console | None = None,
     ) -> None:
         self.console = console or Console()
@@ -73,16 +78,20 @@ class Trainer:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.backend = pick_backend(config.backend, self.device, self.dtype)
-        tokenizer = read_config(run)[2] if resume else None
+        weights, tokenizer = init or (None, None)
+        if resume:
+            tokenizer = read_config(run)[2]
         self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
         found = self.dataset.name  # a path is kept as one that holds from any folder
         found = found if found in NAMED_TEXTS else str(Path(found).expanduser().resolve())
         self.config = config = replace(config, data=found)
-        if not resume:
+        if weights is not None:
+            _require_vocabulary(weights, self.dataset, config.init)
+        elif not resume:
             model_config = _with_vocabulary(model_config, self.dataset, keep_vocab_size)
 
         torch.manual_seed(config.seed)
-        self.model = build_model(model_config)
+        self.model = build_model(model_config) if weights is None else weights.train()
         self.state = RunState()
         if resume:
             folder = find_checkpoint(run)
@@ -299,6 +308,13 @@ def _with_vocabulary(model_config: ModelConfig, dataset: Dataset, keep: bool) ->
     if model_config.vocab_size < needed:
         raise UserError(f"vocab_size must be at least {needed}, {dataset.name}'s, got {model_config.vocab_size}")
     return model_config
+
+
+def _require_vocabulary(weights: GPT, dataset: Dataset, source: str) -> None:
+    """Other tokens than the weights know would be taken for theirs. nanoGPT pads a vocabulary to a multiple of 64."""
+    tokens, rows = dataset.tokenizer.vocab_size, weights.config.vocab_size
+    if not rows - 64 < tokens <= rows:
+        raise UserError(f"{dataset.name}: its tokenizer has {tokens} tokens, and the weights of {source} know {rows}")
 
 
 def _progress(console: Console) -> Progress:
