@@ -135,7 +135,7 @@ def _train(preset: str | None, config: Path | None, out: Path | None, resume: bo
             raise UserError(f"--init needs the preset of a GPT, which {preset} is not")
         own = {name: given[name] for name in field_types(GPTConfig).keys() & given.keys()}
         init = load_pretrained(train_config.init, **{"dropout": model_config.dropout, **own})
-        model_config = init[0].config
+        model_config = init.config
     run = out or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     console = Console(soft_wrap=True, highlight=False)

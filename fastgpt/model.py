@@ -144,7 +144,7 @@ class GPT(nn.Module):
         """GPT-2's weights by name ("gpt2"), or those of a folder or file: ``fastgpt.pretrained.load_pretrained``."""
         from fastgpt.pretrained import load_pretrained  # which needs this file
 
-        return load_pretrained(source, **settings)[0]
+        return load_pretrained(source, **settings)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, last_only: bool = False

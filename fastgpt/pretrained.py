@@ -15,13 +15,13 @@ import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgpt.checkpoint import load_model
+from fastgpt.checkpoint import load_model, read_config
 from fastgpt.config import GPTConfig, UserError
 from fastgpt.extras import require
 from fastgpt.files import json_bytes, new_folder, read_json
@@ -53,15 +53,14 @@ _HARMLESS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v
 
 @dataclass(frozen=True)
 class _Found:
-    """Weights under our names, checked against the shape of their model, and the tokenizer where there is one."""
+    """Weights under our names, checked against the shape of their model."""
 
     config: GPTConfig
     tensors: Mapping[str, Tensor]
-    tokenizer: CharTokenizer | None = None
 
 
-def load_pretrained(source: str | Path, **settings: Any) -> tuple[GPT, CharTokenizer | None]:
-    """A GPT of weights from elsewhere, and their tokenizer, None where it is not known.
+def load_pretrained(source: str | Path, **settings: Any) -> GPT:
+    """A GPT of weights from elsewhere.
 
     Args:
         source: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or any OWNER/NAME of the Hugging Face Hub, fetched on
@@ -93,7 +92,17 @@ def load_pretrained(source: str | Path, **settings: Any) -> tuple[GPT, CharToken
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(found.tensors[name][: len(param)])  # fewer of wpe alone
-    return model.eval(), found.tokenizer
+    return model.eval()
+
+
+def tokenizer_of(source: str | Path) -> CharTokenizer | None:
+    """The tokenizer that a run's folder has; None where ``source`` is something else.
+
+    Raises:
+        UserError: a damaged run.
+    """
+    path = Path(source).expanduser()
+    return read_config(path)[2] if _kind(path) == "run" else None
 
 
 def export_hf(model: GPT, out: Path) -> None:
@@ -148,19 +157,25 @@ def gelu_of(activation: Any) -> str | None:
 
 def _find(source: str | Path, any_dropout: bool) -> _Found:
     path = Path(source).expanduser()
-    if path.is_file():
-        return _read_nanogpt(path)
-    if not path.is_dir():
-        return _read_hf(_download(str(source)), any_dropout)
-    settings = path / "config.json"
-    if settings.is_file() and "model_type" in read_json(settings):
-        return _read_hf(path, any_dropout)
-    if not settings.is_file() and (path / NANOGPT).is_file():
-        return _read_nanogpt(path / NANOGPT)
-    model, tokenizer, _, _ = load_model(path)
+    kind = _kind(path)
+    if kind in ("name", "hf"):
+        return _read_hf(path if kind == "hf" else _download(str(source)), any_dropout)
+    if kind == "nanogpt":
+        return _read_nanogpt(path / NANOGPT if path.is_dir() else path)
+    model = load_model(path)[0]
     if not isinstance(model, GPT):
         raise UserError(f"{path}: the weights of a GPT are wanted, and this run trained a {type(model).__name__}")
-    return _Found(model.config, dict(model.named_parameters()), tokenizer)
+    return _Found(model.config, dict(model.named_parameters()))
+
+
+def _kind(path: Path) -> Literal["name", "hf", "nanogpt", "run"]:
+    """What ``path`` is, by what lies there; whether that is whole is for its reader to say."""
+    settings = path / "config.json"
+    if settings.is_file():
+        return "hf" if "model_type" in read_json(settings) else "run"
+    if path.is_file() or (path / NANOGPT).is_file():
+        return "nanogpt"
+    return "run" if path.is_dir() else "name"
 
 
 def _download(name: str) -> Path:

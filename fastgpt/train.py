@@ -38,7 +38,7 @@ from fastgpt.metrics import Metrics, plot_losses
 from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
-from fastgpt.tokenizer import CharTokenizer
+from fastgpt.pretrained import tokenizer_of
 
 
 class TrainingError(RuntimeError):
@@ -54,8 +54,7 @@ class Trainer:
         run: the folder that the run writes (see fastgpt.checkpoint and fastgpt.metrics).
         keep_vocab_size: take ``model_config.vocab_size`` as it is.
         resume: go on from the last checkpoint in ``run``.
-        init: weights to start from and the tokenizer that they want, as ``load_pretrained`` has them; ``model_config``
-            is the model's.
+        init: the weights to start from, those of ``config.init``; ``model_config`` is theirs.
         console: where lines and the progress bar go.
     Raises:
         UserError: settings, data or a folder that cannot be used; nothing has been written into ``run`` then.
@@ -69,29 +68,29 @@ class Trainer:
         *,
         keep_vocab_size: bool = False,
         resume: bool = False,
-        init: tuple[GPT, CharTokenizer | None] | None = None,
+        init: GPT | None = None,
         console: Console | None = None,
     ) -> None:
         self.console = console or Console()
+        if config.init and not resume and init is None:
+            raise UserError(f"the settings name weights to start from ({config.init}), so Trainer needs them as init")
         if not resume and (run / CHECKPOINTS).exists():
             raise UserError(f"{run}: a run lies here already: continue it with --resume, or choose another --out")
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.backend = pick_backend(config.backend, self.device, self.dtype)
-        weights, tokenizer = init or (None, None)
-        if resume:
-            tokenizer = read_config(run)[2]
+        tokenizer = read_config(run)[2] if resume else tokenizer_of(config.init) if config.init else None
         self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
         found = self.dataset.name  # a path is kept as one that holds from any folder
         found = found if found in NAMED_TEXTS else str(Path(found).expanduser().resolve())
         self.config = config = replace(config, data=found)
-        if weights is not None:
-            _require_vocabulary(weights, self.dataset, config.init)
+        if init is not None:
+            _require_vocabulary(init, self.dataset, config.init)
         elif not resume:
             model_config = _with_vocabulary(model_config, self.dataset, keep_vocab_size)
 
         torch.manual_seed(config.seed)
-        self.model = build_model(model_config) if weights is None else weights.train()
+        self.model = build_model(model_config) if init is None else init.train()
         self.state = RunState()
         if resume:
             folder = find_checkpoint(run)
