@@ -15,7 +15,6 @@ checkpoints.json, which is itself replaced in one step. Killed at any moment, a 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -24,14 +23,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastgpt.config import MODEL_CONFIGS, BigramConfig, ModelConfig, TrainConfig, UserError, field_types
-from fastgpt.files import write_atomically
+from fastgpt.files import json_bytes, read_json, write_atomically
 from fastgpt.model import GPT, Bigram
 from fastgpt.optim import AdamW
+from fastgpt.tensor_files import read_tensors, tensor_names
 from fastgpt.tokenizer import CharTokenizer
 
 Which = Literal["last", "best"]
@@ -65,8 +64,8 @@ def write_config(
         "model": {"type": kind, **dataclasses.asdict(model)},
         "train": dataclasses.asdict(train),
     }
-    write_atomically(run / "tokenizer.json", _json_bytes(tokenizer.to_json()))
-    write_atomically(run / "config.json", _json_bytes(settings))
+    write_atomically(run / "tokenizer.json", json_bytes(tokenizer.to_json()))
+    write_atomically(run / "config.json", json_bytes(settings))
 
 
 def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, CharTokenizer]:
@@ -77,7 +76,7 @@ def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, CharTokenizer]:
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: there is no run in this folder (no config.json)")
     path = run / "config.json"
-    settings = _read_json(path)
+    settings = read_json(path)
     model, train = settings.get("model"), settings.get("train")
     if not isinstance(model, dict) or not isinstance(train, dict):
         raise UserError(f"{path}: damaged: it must hold the objects model and train")
@@ -89,7 +88,7 @@ def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, CharTokenizer]:
         unknown = section.keys() - field_types(cls).keys()
         if unknown:
             raise UserError(f"{path}: unknown setting {min(unknown)!r}")
-    return config(**model), TrainConfig(**train), CharTokenizer.from_json(_read_json(run / "tokenizer.json"))
+    return config(**model), TrainConfig(**train), CharTokenizer.from_json(read_json(run / "tokenizer.json"))
 
 
 def save_checkpoint(run: Path, state: RunState, model: nn.Module, optimizer: AdamW, best: bool) -> Path:
@@ -104,7 +103,7 @@ def save_checkpoint(run: Path, state: RunState, model: nn.Module, optimizer: Ada
         made.mkdir(parents=True)
         save_file(_weights(model), made / "model.safetensors")
         save_file(_training_tensors(model, optimizer), made / "training.safetensors")
-        (made / "state.json").write_bytes(_json_bytes(dataclasses.asdict(state)))
+        (made / "state.json").write_bytes(json_bytes(dataclasses.asdict(state)))
         for path in [*made.iterdir(), made]:
             _sync(path)
         made.rename(folder)
@@ -112,7 +111,7 @@ def save_checkpoint(run: Path, state: RunState, model: nn.Module, optimizer: Ada
     pointers["last"] = name
     if best or "best" not in pointers:
         pointers["best"] = name
-    write_atomically(run / CHECKPOINTS, _json_bytes(pointers))
+    write_atomically(run / CHECKPOINTS, json_bytes(pointers))
     for other in folder.parent.iterdir():
         if other.name not in pointers.values():
             shutil.rmtree(other)
@@ -150,7 +149,7 @@ def read_state(folder: Path) -> RunState:
         UserError: a damaged file.
     """
     path = folder / "state.json"
-    data = _read_json(path)
+    data = read_json(path)
     wanted = {f.name for f in dataclasses.fields(RunState)}
     if data.keys() != wanted:
         raise UserError(f"{path}: damaged: it must hold {', '.join(sorted(wanted))}")
@@ -170,16 +169,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: a damaged file, or tensors that are not the model's.
     """
-    tensors = _load_tensors(path)
     own = _weights(model)
+    tensors = read_tensors(path, own)
     for name, tensor in own.items():
-        if name not in tensors:
-            raise UserError(f"{path}: damaged: it lacks {name}")
-        if tensors[name].shape != tensor.shape:
-            raise UserError(f"{path}: {name} must have shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        tensor.copy_(tensors[name])
 
 
 def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
@@ -189,19 +182,22 @@ def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
         UserError: a damaged file.
     """
     path = folder / "training.safetensors"
-    tensors = _load_tensors(path)
-    try:
-        for group in optimizer.param_groups:
-            group["step"] = tensors["step"].to(group["params"][0].device, copy=True)
-        for name, param in model.named_parameters():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[param][moment] = tensors[f"{moment}.{name}"].to(param.device)
-        torch.set_rng_state(tensors["rng.cpu"])
-        device = next(model.parameters()).device
-        if device.type == "cuda" and "rng.cuda" in tensors:  # a run that moved to a GPU goes on from its seed
-            torch.cuda.set_rng_state(tensors["rng.cuda"], device)
-    except KeyError as error:
-        raise UserError(f"{path}: damaged: it lacks {error}") from error
+    moments = {
+        f"{moment}.{name}": param for name, param in model.named_parameters() for moment in ("exp_avg", "exp_avg_sq")
+    }
+    like = {"step": torch.zeros(()), "rng.cpu": torch.get_rng_state(), **moments}
+    device = next(model.parameters()).device
+    if device.type == "cuda" and "rng.cuda" in tensor_names(path):  # a run that moved to a GPU goes on from its seed
+        like["rng.cuda"] = torch.cuda.get_rng_state(device)
+    tensors = read_tensors(path, like)
+    for group in optimizer.param_groups:
+        group["step"] = tensors["step"].to(group["params"][0].device, copy=True)
+    for name, param in model.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[param][moment] = tensors[f"{moment}.{name}"].to(param.device)
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -224,32 +220,11 @@ def _pointers(run: Path) -> dict[str, str]:
     path = run / CHECKPOINTS
     if not path.is_file():
         return {}
-    pointers = _read_json(path)
+    pointers = read_json(path)
     for which, name in pointers.items():
         if not isinstance(name, str) or not re.fullmatch(r"step-\d+", name):
             raise UserError(f"{path}: damaged: {which} must be the name of a checkpoint, got {name!r}")
     return pointers
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: damaged: it must hold one JSON object")
-    return data
-
-
-def _json_bytes(data: dict[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def _sync(path: Path) -> None:

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from fastgpt.config import UserError
+
+LARGEST_JSON = 1 << 26  # bytes; the largest is a tokenizer's
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: no such file, or not one JSON object of at most ``LARGEST_JSON`` bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+        data = json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: damaged: it must hold one JSON object")
+    return data
+
+
+def json_bytes(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

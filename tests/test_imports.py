@@ -23,7 +23,7 @@ LAYERS = (
     ("emulator",),
     ("triton_kernels", "extension"),
     # Below everything: they know nothing of models or ops.
-    ("config", "tokenizer", "files", "kernel_ops"),
+    ("config", "tokenizer", "files", "tensor_files", "kernel_ops"),
 )
 FACADE = "fastgpt"  # fastgpt/__init__.py: the public names
 
