@@ -114,7 +114,15 @@ class TrainConfig:
         ValueError: a number out of its range.
     """
 
-    data: str = _option("shakespeare", '"shakespeare", "stdlib" (Python\'s own sources), or a text file or folder')
+    data: str = _option(
+        "shakespeare",
+        '"shakespeare", "stdlib" (Python\'s own sources), a text file or folder, or one of fastgpt prepare',
+    )
+    tokenizer: str = _option(
+        "auto",
+        "char, byte, gpt2, bpe[:SIZE], sentencepiece[:SIZE] (trained on the text), or a tokenizer.json; auto: that of "
+        "prepared data, else char",
+    )
     backend: str = _option("", 'of all ops, or "op=backend,..."; default: FASTGPT_BACKEND, else "auto"')
     device: str = _option("auto", '"cpu", "cuda" or "cuda:N"; auto: cuda where there is one')
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = _option(
