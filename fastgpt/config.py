@@ -114,7 +114,15 @@ class TrainConfig:
         ValueError: a number out of its range.
     """
 
-    data: str = _option("shakespeare", '"shakespeare", "stdlib" (Python\'s own sources), or a text file or folder')
+    data: str = _option(
+        "shakespeare",
+        '"shakespeare", "stdlib" (Python\'s own sources), a text file or folder, or one of fastgpt prepare',
+    )
+    tokenizer: str = _option(
+        "auto",
+        "char, byte, gpt2, bpe[:SIZE], sentencepiece[:SIZE] (trained on the text), or a tokenizer.json; auto: that of "
+        "prepared data, else char",
+    )
     init: str = _option(
         "",
         "weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl or OWNER/NAME of the Hugging Face Hub, a folder "

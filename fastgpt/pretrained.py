@@ -27,12 +27,13 @@ from fastgpt.extras import require
 from fastgpt.files import json_bytes, new_folder, read_json
 from fastgpt.model import GPT
 from fastgpt.tensor_files import check_tensors, read_tensors, tensor_names
-from fastgpt.tokenizer import CharTokenizer
+from fastgpt.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FREE_SETTINGS = ("block_size", "dropout", "attention")  # the others are the weights' own
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
 NANOGPT = "ckpt.pt"
 LARGEST_SIZE = 1 << 24  # of each setting that is a size: beyond it, their products would overflow
 LARGEST_PICKLE = 1 << 26  # bytes; the numbers lie beside it
@@ -95,25 +96,37 @@ def load_pretrained(source: str | Path, **settings: Any) -> GPT:
     return model.eval()
 
 
-def tokenizer_of(source: str | Path) -> CharTokenizer | None:
-    """The tokenizer that a run's folder has; None where ``source`` is something else.
+def tokenizer_of(source: str | Path) -> Tokenizer | None:
+    """The tokenizer that belongs to the weights of ``source``.
+
+    That is GPT-2's own for GPT-2 by name, a run's, or what tokenizer.json holds beside weights in Hugging Face's layout
+    if it cuts text as GPT-2 does; else None.
 
     Raises:
-        UserError: a damaged run.
+        UserError: a damaged file, or GPT-2's vocabulary cannot be had.
     """
+    if source in GPT2_NAMES and not Path(source).exists():
+        return GPT2Tokenizer()
     path = Path(source).expanduser()
-    return read_config(path)[2] if _kind(path) == "run" else None
+    kind = _kind(path)
+    if kind == "run":
+        return read_config(path)[2]
+    folder = _download(str(source)) if kind == "name" else path
+    return _read_hf_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
 
 
-def export_hf(model: GPT, out: Path) -> None:
+def export_hf(model: GPT, tokenizer: Tokenizer | None, out: Path) -> bool:
     """Write a folder that ``transformers.GPT2LMHeadModel.from_pretrained`` opens.
 
     The rows that pad the vocabulary are left out, as they are from logits; a bias that the model does not have is 0.
 
     Args:
+        tokenizer: written for ``transformers.AutoTokenizer`` if it is GPT-2's or a BPE; the others have no like there.
         out: a folder that is not there yet.
+    Returns:
+        Whether the tokenizer was written.
     Raises:
-        UserError: it is there.
+        UserError: the folder is there.
     """
     if out.exists():
         raise UserError(f"{out}: exists already: choose another --out")
@@ -131,8 +144,8 @@ def export_hf(model: GPT, out: Path) -> None:
         **dict.fromkeys(_DROPOUTS, c.dropout),
         **_FIXED,
         "tie_word_embeddings": c.tie_weights,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        "bos_token_id": tokenizer and tokenizer.end_of_text,
+        "eos_token_id": tokenizer and tokenizer.end_of_text,
         "dtype": "float32",
     }
     tensors = {}
@@ -148,6 +161,13 @@ def export_hf(model: GPT, out: Path) -> None:
     with new_folder(out) as made:
         (made / "config.json").write_bytes(json_bytes(config))
         save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
+        if not isinstance(tokenizer, (BPETokenizer, GPT2Tokenizer)):
+            return False
+        names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size, **names}
+        (made / "tokenizer_config.json").write_bytes(json_bytes(settings))
+        (made / TOKENIZER).write_text(tokenizer.to_hf(), encoding="utf-8")
+        return True
 
 
 def gelu_of(activation: Any) -> str | None:
@@ -184,7 +204,7 @@ def _download(name: str) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         raise UserError(f"{name}: there is no such file or folder, and no model that is known by this name")
     hub = require("huggingface_hub", "hf", f"{name}: a model of the Hugging Face Hub")
-    wanted = ["config.json", "tokenizer.json", WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+    wanted = ["config.json", TOKENIZER, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # all of the Hub's own are one or the other
@@ -201,7 +221,7 @@ def _read_hf(folder: Path, any_dropout: bool) -> _Found:
     missing = theirs.keys() - files.keys()
     if missing:
         raise UserError(f"{folder}: damaged: its weights lack {min(missing)}")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in {files[name] for name in theirs}:
         like = {name: _turned(ours, own[ours]) for name, ours in theirs.items() if files[name] == file}
         tensors |= {theirs[name]: _turned(name, found) for name, found in read_tensors(folder / file, like).items()}
@@ -260,6 +280,28 @@ def _hf_config(path: Path, any_dropout: bool) -> GPTConfig:
     return config
 
 
+def _read_hf_tokenizer(path: Path) -> Tokenizer | None:
+    """A tokenizer that has GPT-2's way with bytes and words; None where it has another."""
+    data = read_json(path)
+    model, words, added = (data.get(name) for name in ("model", "pre_tokenizer", "added_tokens"))
+    if not isinstance(model, dict) or not isinstance(words, dict) or model.get("type") != "BPE":
+        return None
+    if words.get("type") != "ByteLevel" or words.get("add_prefix_space") or data.get("normalizer"):
+        return None
+    ids, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(ids, dict) or not isinstance(merges, list) or not isinstance(added, list):
+        raise UserError(f"{path}: damaged: its model must have a vocab and merges, and the file added_tokens")
+    ids = ids | {str(token.get("content")): token.get("id") for token in added if isinstance(token, dict)}
+    if sorted(map(str, ids.values())) != sorted(map(str, range(len(ids)))):
+        raise UserError(f"{path}: damaged: the tokens' ids must be the numbers from 0 on")
+    # Each merge is a list of two, or in older files their text.
+    pairs = [" ".join(map(str, merge)) if isinstance(merge, list) else merge for merge in merges]
+    try:
+        return Tokenizer.from_json({"type": "bpe", "tokens": sorted(ids, key=ids.__getitem__), "merges": pairs})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def _read_nanogpt(path: Path) -> _Found:
     """nanoGPT's model has exact GELU and ties its weights."""
     checkpoint = _unpickle(path)
@@ -295,7 +337,7 @@ def _unpickle(path: Path) -> Any:
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read: not a file of torch.save: {error}") from error
     for opcode, argument, _ in operations:
-        called = argument if opcode.name in ("GLOBAL", "INST") else opcode.name
+        called = str(argument) if opcode.name in ("GLOBAL", "INST") else opcode.name
         if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") and not _HARMLESS.fullmatch(
             called
         ):

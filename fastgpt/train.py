@@ -39,6 +39,7 @@ from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
 from fastgpt.pretrained import tokenizer_of
+from fastgpt.tokenizer import Tokenizer
 
 
 class TrainingError(RuntimeError):
@@ -79,7 +80,11 @@ class Trainer:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.backend = pick_backend(config.backend, self.device, self.dtype)
-        tokenizer = read_config(run)[2] if resume else tokenizer_of(config.init) if config.init else None
+        tokenizer: Tokenizer | str = config.tokenizer
+        if resume:
+            tokenizer = read_config(run)[2]
+        elif config.init and tokenizer == "auto":
+            tokenizer = tokenizer_of(config.init) or "auto"
         self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
         found = self.dataset.name  # a path is kept as one that holds from any folder
         found = found if found in NAMED_TEXTS else str(Path(found).expanduser().resolve())

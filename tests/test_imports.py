@@ -15,7 +15,7 @@ PACKAGE = Path(fastgpt.__file__).parent
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("train", "generate", "integrations", "benchmarks"),
+    ("train", "generate", "perplexity", "integrations", "benchmarks"),
     ("model", "data", "optim", "checkpoint", "pretrained", "metrics", "placement"),
     ("ops",),
     ("dispatch",),
@@ -23,7 +23,7 @@ LAYERS = (
     ("emulator",),
     ("triton_kernels", "extension"),
     # Below everything: they know nothing of models or ops.
-    ("config", "extras", "tokenizer", "files", "tensor_files", "kernel_ops"),
+    ("config", "extras", "tokenizer", "files", "shards", "tensor_files", "kernel_ops"),
 )
 FACADE = "fastgpt"  # fastgpt/__init__.py: the public names
 

@@ -10,9 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.checkpoint import RunState, read_config, save_checkpoint, write_config
@@ -20,8 +21,8 @@ from fastgpt.config import BigramConfig, TrainConfig, UserError
 from fastgpt.generate import generate
 from fastgpt.model import Bigram
 from fastgpt.optim import build_optimizer
-from fastgpt.pretrained import export_hf, load_pretrained
-from fastgpt.tokenizer import CharTokenizer
+from fastgpt.pretrained import export_hf, load_pretrained, tokenizer_of
+from fastgpt.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer
 
 SIZES = {
     "tiny": {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 11, "n_positions": 8},
@@ -92,7 +93,7 @@ class TestHuggingFace:
     )
     def test_our_models_open_there(self, tmp_path, settings):
         model = ours(**settings)
-        export_hf(model, tmp_path / "out")
+        export_hf(model, None, tmp_path / "out")
         opened, report = GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert opened.config.tie_word_embeddings == model.config.tie_weights
@@ -100,7 +101,7 @@ class TestHuggingFace:
 
     def test_there_and_back(self, tmp_path):
         model = ours(dropout=0.25)
-        export_hf(model, tmp_path / "out")
+        export_hf(model, None, tmp_path / "out")
         again = GPT.from_pretrained(tmp_path / "out")
         assert again.config == model.config
         assert again.lm_head.weight is again.transformer.wte.weight
@@ -126,7 +127,7 @@ class TestHuggingFace:
         for of, step in ((loss, optimizer), (wanted, peer)):
             of.backward()
             step.step()
-        export_hf(own, tmp_path / "after")
+        export_hf(own, None, tmp_path / "after")
         after = GPT2LMHeadModel.from_pretrained(tmp_path / "after")
         for (name, a), (_, b) in zip(after.named_parameters(), model.named_parameters(), strict=True):
             assert (a - b).abs().max() <= 1e-5 * b.abs().max(), name
@@ -211,7 +212,7 @@ class TestHuggingFace:
 
     def test_an_existing_folder_is_not_written_into(self, tmp_path):
         with pytest.raises(UserError, match="exists already"):
-            export_hf(ours(), tmp_path)
+            export_hf(ours(), None, tmp_path)
 
     def test_a_name_without_network(self, tmp_path, monkeypatch):
         import huggingface_hub
@@ -238,6 +239,77 @@ class TestHuggingFace:
         model.save_pretrained(tmp_path)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, allow_patterns: str(tmp_path))
         assert_same_model(GPT.from_pretrained("gpt2"), model)
+
+
+TEXT = "the cat and the hat, naïve and \U0001f600; the end of the thing\n" * 20
+
+
+class TestTokenizer:
+    @pytest.fixture
+    def bpe(self):
+        return BPETokenizer.trained_on([TEXT], 300)
+
+    @pytest.fixture
+    def gpt2(self, bpe, monkeypatch):
+        """GPT-2's by tiktoken, with the vocabulary of ``bpe`` behind the bytes."""
+        pieces = [bpe.to_bytes([i]) for i in range(bpe.vocab_size) if i != bpe.end_of_text]
+        longer = [piece for piece in pieces if len(piece) > 1]
+        ranks = {piece: i for i, piece in enumerate([bytes([byte]) for byte in range(256)] + longer)}
+        pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+        special = {"<|endoftext|>": len(ranks)}
+        encoding = tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
+        return GPT2Tokenizer()
+
+    @pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+    def test_transformers_cuts_text_alike(self, tmp_path, request, kind):
+        tokenizer = request.getfixturevalue(kind)
+        assert export_hf(ours(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "hf")
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+        text = TEXT + "what it has not seen: \u4e2d 123's  \n\n x"
+        ids = theirs(text)["input_ids"]
+        assert ids == tokenizer.encode(text).tolist()
+        assert max(ids) > 260  # of merges, too
+        assert theirs.decode(ids) == text
+        assert len(theirs) == tokenizer.vocab_size
+        assert theirs.eos_token_id == GPT2Config.from_pretrained(tmp_path / "hf").eos_token_id == tokenizer.end_of_text
+        again = tokenizer_of(tmp_path / "hf")
+        assert again.encode(text).tolist() == ids
+        assert again.end_of_text == tokenizer.end_of_text
+
+    def test_others_stay_behind(self, tmp_path):
+        assert not export_hf(ours(vocab_size=3), CharTokenizer("abc"), tmp_path / "hf")
+        assert not list((tmp_path / "hf").glob("*token*"))
+        assert tokenizer_of(tmp_path / "hf") is None
+
+    def test_whose_it_is(self, tmp_path, gpt2):
+        assert isinstance(tokenizer_of("gpt2"), GPT2Tokenizer)
+        write_run(tmp_path / "run", ours(vocab_size=3))
+        assert tokenizer_of(tmp_path / "run").characters == "abc"
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            ({"model": {"type": "WordPiece"}}, None),
+            ({"pre_tokenizer": None}, None),
+            ({"normalizer": {"type": "NFC"}}, None),
+            ({"model": {"type": "BPE", "vocab": 3, "merges": []}}, "must have a vocab and merges"),
+            ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 7}, "merges": []}}, "ids must be the numbers from 0"),
+            ({"added_tokens": [{"content": ["x"], "id": 0}]}, "damaged"),
+            ({"added_tokens": []}, None),
+        ],
+    )
+    def test_other_ways_and_damage(self, tmp_path, bpe, change, sentence):
+        export_hf(ours(vocab_size=bpe.vocab_size), bpe, tmp_path / "hf")
+        path = tmp_path / "hf" / "tokenizer.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        if sentence is None:
+            expected = None if change != {"added_tokens": []} else bpe.to_json()
+            found = tokenizer_of(tmp_path / "hf")
+            assert (found and found.to_json()) == expected
+        else:
+            with pytest.raises(UserError, match=rf"tokenizer\.json: .*{sentence}"):
+                tokenizer_of(tmp_path / "hf")
 
 
 def replace_weights(folder: Path, **changed) -> None:
@@ -284,7 +356,7 @@ def index(folder: Path, file: object) -> None:
     ],
 )
 def test_a_damaged_or_hostile_folder_is_refused(tmp_path, spoil, sentence):
-    export_hf(ours(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8), tmp_path / "model")
+    export_hf(ours(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8), None, tmp_path / "model")
     spoil(tmp_path / "model")
     with pytest.raises(UserError, match=sentence) as refusal:
         GPT.from_pretrained(tmp_path / "model")
@@ -418,6 +490,7 @@ class TestCommand:
         code, out, _ = command("export", run, "--to=hf", f"--out={tmp_path / 'hf'}")
         assert code == 0
         assert "GPT2LMHeadModel.from_pretrained" in out
+        assert "its tokenizer (char) has no like there" in out
         code, _, err = command("export", run, "--to=hf", f"--out={tmp_path / 'hf'}")
         assert (code, err.count("\n")) == (2, 1)
         assert "exists already" in err
@@ -430,7 +503,7 @@ class TestCommand:
     def test_fine_tuning_goes_on_from_every_source(self, tmp_path, command, text):
         model = ours(vocab_size=10, gelu="none", dropout=0.1)
         write_run(tmp_path / "run", model)
-        export_hf(model, tmp_path / "hf")
+        export_hf(model, None, tmp_path / "hf")
         torch.save(nanogpt_checkpoint(model), tmp_path / "ckpt.pt")
         losses = {}
         for source in ("run", "hf", "ckpt.pt"):
@@ -469,7 +542,7 @@ class TestCommand:
         assert "leave out --init" in err
 
     def test_tokens_that_the_weights_do_not_know(self, tmp_path, command, text):
-        export_hf(ours(vocab_size=100), tmp_path / "hf")
+        export_hf(ours(vocab_size=100), None, tmp_path / "hf")
         code, _, err = self.train(command, text, tmp_path / "out", f"--init={tmp_path / 'hf'}")
         assert code == 2
         assert "its tokenizer has 10 tokens, and the weights of" in err
@@ -486,7 +559,7 @@ class TestCommand:
 def test_hub_files_are_links(tmp_path):
     """The Hub's cache is a folder of links to files that lie elsewhere."""
     model = ours()
-    export_hf(model, tmp_path / "blobs")
+    export_hf(model, None, tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
     for path in (tmp_path / "blobs").iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)

@@ -72,7 +72,7 @@ def unapply(model: Model) -> Model:
 
     any_model: Any = model
     any_model.set_attn_implementation(getattr(model, _BEFORE))
-    for module in model.modules():
+    for module in any_model.modules():
         if type(module) is _LayerNorm:
             module.__class__ = nn.LayerNorm
     for block in any_model.base_model.h:
