@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgpt.checkpoint import load_model, read_config
-from fastgpt.config import GPTConfig, UserError
+from fastgpt.config import GPTConfig, UserError, field_types
 from fastgpt.extras import require
 from fastgpt.files import json_bytes, new_folder, read_json
 from fastgpt.model import GPT
@@ -76,6 +76,8 @@ def load_pretrained(source: str | Path, **settings: Any) -> GPT:
     """
     found = _find(source, "dropout" in settings)
     for name, value in settings.items():
+        if name not in field_types(GPTConfig):
+            raise UserError(f"there is no setting {name!r}: the settings are {', '.join(field_types(GPTConfig))}")
         own = getattr(found.config, name)
         if name not in FREE_SETTINGS and value != own:
             raise UserError(f"{name} must be {own}, as the weights of {source} have it, got {value}")
