@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.config import UserError
 from fastgpt.model import GPT, Bigram, KVCache
-from fastgpt.tokenizer import CharTokenizer
+from fastgpt.tokenizer import Tokenizer
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float = 1.0) -> None:
@@ -118,7 +118,7 @@ def sample(
 
 def generate_texts(
     model: GPT | Bigram,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     num_tokens: int,
     device: torch.device,
@@ -146,12 +146,13 @@ def generate_texts(
     return _pieces(tokens, tokenizer, [_UntilStop(stop) for _ in prompts])
 
 
-def _pieces(tokens: Iterator[Tensor], tokenizer: CharTokenizer, texts: list[_UntilStop]) -> Iterator[list[str]]:
+def _pieces(tokens: Iterator[Tensor], tokenizer: Tokenizer, texts: list[_UntilStop]) -> Iterator[list[str]]:
+    decoders = [tokenizer.decoder() for _ in texts]
     for token in tokens:
-        yield [text.feed(tokenizer.decode(ids)) for text, ids in zip(texts, token.tolist(), strict=True)]
+        yield [text.feed(decode(ids)) for text, decode, ids in zip(texts, decoders, token.tolist(), strict=True)]
         if all(text.stopped for text in texts):
             return
-    yield [text.held for text in texts]
+    yield [text.feed(decode([], final=True)) + text.held for text, decode in zip(texts, decoders, strict=True)]
 
 
 class _UntilStop:
