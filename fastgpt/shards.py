@@ -283,8 +283,8 @@ def _begin(
         before = (header.data, header.tokenizer_name, header.shard_chars)
         if before != (data, tokenizer_name, shard_chars):
             raise UserError(
-                f"{folder}: holds {before[0]} by tokenizer {before[1]} in shards of {before[2]:,} characters, not {data} "
-                f"by {tokenizer_name} in shards of {shard_chars:,}: choose another folder"
+                f"{folder}: holds {before[0]} by tokenizer {before[1]} in shards of {before[2]:,} characters, not "
+                f"{data} by {tokenizer_name} in shards of {shard_chars:,}: choose another folder"
             )
         return header, _tokenizer_of(folder, header)
     tokenizer = make_tokenizer()
