@@ -155,9 +155,7 @@ def _train(
         if not isinstance(model_config, GPTConfig):
             raise UserError(f"--init needs the preset of a GPT, which {preset} is not")
         named = FREE_SETTINGS if resume else field_types(GPTConfig).keys() & given.keys()
-        init = load_pretrained(
-            train_config.init, **{name: getattr(model_config, name) for name in {"dropout", *named}}
-        )
+        init = load_pretrained(train_config.init, **{name: getattr(model_config, name) for name in {"dropout", *named}})
         model_config = init.config
 
     console = Console(soft_wrap=True, highlight=False, quiet=not world.is_main)
