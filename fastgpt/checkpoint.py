@@ -36,7 +36,7 @@ from fastgpt.files import json_bytes, read_json, sha256_of, sync, write_atomical
 from fastgpt.model import GPT, Bigram
 from fastgpt.optim import AdamW
 from fastgpt.tensor_files import is_finite, read_tensors, tensor_names
-from fastgpt.tokenizer import CharTokenizer
+from fastgpt.tokenizer import Tokenizer, read_tokenizer
 
 CHECKPOINTS = "checkpoints.json"
 FILES = ("model.safetensors", "training.safetensors", "state.json")
@@ -63,7 +63,7 @@ def build_model(config: ModelConfig) -> GPT | Bigram:
 
 
 def write_config(
-    run: Path, model: ModelConfig, train: TrainConfig, tokenizer: CharTokenizer, versions: dict[str, str]
+    run: Path, model: ModelConfig, train: TrainConfig, tokenizer: Tokenizer, versions: dict[str, str]
 ) -> None:
     """Write config.json, which notes the versions, and tokenizer.json."""
     kind = next(name for name, cls in MODEL_CONFIGS.items() if isinstance(model, cls))
@@ -76,7 +76,7 @@ def write_config(
     write_atomically(run / "config.json", json_bytes(settings))
 
 
-def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, CharTokenizer]:
+def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, Tokenizer]:
     """
     Raises:
         UserError: no run there, or settings that cannot be read.
@@ -96,7 +96,7 @@ def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, CharTokenizer]:
         unknown = section.keys() - field_types(cls).keys()
         if unknown:
             raise UserError(f"{path}: unknown setting {min(unknown)!r}")
-    return config(**model), TrainConfig(**train), CharTokenizer.from_json(read_json(run / "tokenizer.json"))
+    return config(**model), TrainConfig(**train), read_tokenizer(run / "tokenizer.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def open_checkpoint(run: Path, which: str = "last") -> tuple[Path, RunState]:
         raise UserError(f"{error}; {offer}") from error
 
 
-def load_model(run: Path, which: str = "best") -> tuple[GPT | Bigram, CharTokenizer, TrainConfig, RunState]:
+def load_model(run: Path, which: str = "best") -> tuple[GPT | Bigram, Tokenizer, TrainConfig, RunState]:
     """The model of a run's checkpoint, on the CPU and in evaluation mode, and what belongs to it.
 
     Raises:

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import torch
 import typer
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import fastgpt
@@ -33,11 +35,15 @@ from fastgpt.config import (
     UserError,
     field_types,
 )
-from fastgpt.data import load_dataset
+from fastgpt.data import load_dataset, load_tokens, prepare
 from fastgpt.generate import check_sampling, generate
 from fastgpt.metrics import Axis, plot_losses
+from fastgpt.model import GPT
+from fastgpt.perplexity import text_loss
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
-from fastgpt.tokenizer import CharTokenizer
+from fastgpt.pretrained import export_hf, load_pretrained
+from fastgpt.shards import SPLITS, Shard
+from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import Trainer, evaluation_batches, mean_loss
 from fastgpt.triton_kernels import library as triton_library
 
@@ -120,22 +126,31 @@ def _train(
             raise UserError("--resume needs --out DIR, the folder of the run to continue")
         if preset or config:
             raise UserError("--resume takes its settings from the run: leave out --preset and --config")
+        if "init" in given:
+            raise UserError("--resume goes on with the run's own weights: leave out --init")
         model_config, train_config, _ = read_config(out)
-        for name in field_types(type(model_config)).keys() & given.keys():
-            if given[name] != getattr(model_config, name):
-                raise UserError(
-                    f"--{name.replace('_', '-')} cannot change when a run is resumed: it is "
-                    f"{getattr(model_config, name)}"
-                )
+        fixed = {**dataclasses.asdict(model_config), "tokenizer": train_config.tokenizer}
+        for name in fixed.keys() & given.keys():
+            if given[name] != fixed[name]:
+                raise UserError(f"--{name.replace('_', '-')} cannot change when a run is resumed: it is {fixed[name]}")
     else:
         if checkpoint:
             raise UserError("--checkpoint goes with --resume: it says which checkpoint to go on from")
         preset, given = _settings(preset, config, given)
-        if preset is None:
+        if preset is None and given.get("init"):
+            preset = "finetune-shakespeare"
+        elif preset is None:
             device = pick_device(given.get("device", "auto"))
             preset = "shakespeare-cpu" if device.type == "cpu" else "shakespeare"
         model_config, train_config = PRESETS[preset].model, PRESETS[preset].train
     model_config, train_config = _override(model_config, train_config, given)
+    init = None
+    if train_config.init and not resume:
+        if not isinstance(model_config, GPTConfig):
+            raise UserError(f"--init needs the preset of a GPT, which {preset} is not")
+        own = {name: given[name] for name in field_types(GPTConfig).keys() & given.keys()}
+        init = load_pretrained(train_config.init, **{"dropout": model_config.dropout, **own})
+        model_config = init.config
     run = out or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     console = Console(soft_wrap=True, highlight=False)
@@ -146,6 +161,7 @@ def _train(
         keep_vocab_size="vocab_size" in given,
         resume=resume,
         checkpoint=checkpoint or "last",
+        init=init,
         console=console,
     )
     console.print(trainer.describe(), markup=False)
@@ -161,7 +177,7 @@ def _train(
         console.print("\na sample:\n", style="bold")
         tokenizer = trainer.dataset.tokenizer
         with trainer.backend:
-            _stream(trainer.model.eval(), tokenizer, _beginning(tokenizer), train_config.sample_tokens, trainer.device)
+            _stream(trainer.model.eval(), tokenizer, tokenizer.beginning, train_config.sample_tokens, trainer.device)
     table = Table(title=f"{run.resolve().name}, {state.step} steps", title_justify="left", show_header=False)
     batches = f"over {train_config.final_eval_iters} batches"
     table.add_row("train loss", f"{state.train_loss:.4f}", batches)
@@ -262,6 +278,42 @@ def _override(model: ModelConfig, train: TrainConfig, given: dict[str, Any]) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# fastgpt prepare
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@app.command("prepare")
+def prepare_data(
+    data: Annotated[str, typer.Option(help="shakespeare, stdlib, a text file or folder, openwebtext or fineweb-edu")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to write")],
+    tokenizer: Annotated[str, typer.Option(help="as in train")] = "gpt2",
+    processes: Annotated[int | None, typer.Option(min=1, help="that tokenize; default: one per core")] = None,
+) -> None:
+    """Tokenize a text or a corpus for `fastgpt train --data DIR`; cut short, the same command goes on."""
+    console = Console(soft_wrap=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        SpinnerColumn(),
+        TextColumn("{task.fields[done]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("tokenizing", total=None, done="")
+        shards: list[Shard] = []
+
+        def report(shard: Shard) -> None:
+            shards.append(shard)
+            tokens, num_bytes = sum(s.tokens for s in shards), sum(s.text_bytes for s in shards)
+            bar.update(task, done=f"{len(shards)} shards, {tokens:,} tokens of {num_bytes / 1e6:,.0f} MB")
+
+        header = prepare(data, tokenizer, out, processes or os.cpu_count() or 1, report, notify=console.print)
+    for split in SPLITS:
+        tokens = sum(shard.tokens for shard in header.shards if shard.file.startswith(split))
+        console.print(f"{split}: {tokens:,} tokens")
+    console.print(f"train on it: fastgpt train --data {out}", markup=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # fastgpt sample, eval, explain
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -280,13 +332,13 @@ def sample(
     device: _DeviceOption = "auto",
     backend: _BackendOption = "",
 ) -> None:
-    """Generate text, character by character as it comes."""
+    """Generate text, as it comes."""
     check_sampling(temperature, top_k, top_p)
     where = pick_device(device)
     choice = pick_backend(backend, where, torch.float32)
     model, tokenizer, _, _ = load_model(run, checkpoint)
     model.to(where)
-    prompt = _beginning(tokenizer) if prompt is None else prompt.replace("\\n", "\n")
+    prompt = tokenizer.beginning if prompt is None else prompt.replace("\\n", "\n")
     if not prompt:
         raise UserError("--prompt must have at least one character")
     generator = torch.Generator(where)
@@ -311,26 +363,28 @@ def sample(
             )
 
 
-def _beginning(tokenizer: CharTokenizer) -> str:
-    """What a text without a prompt starts from: a new line, or the first character of a text that has none."""
-    return "\n" if "\n" in tokenizer.characters else tokenizer.characters[0]
-
-
 def _stream(
-    model: Any, tokenizer: CharTokenizer, prompt: str, num_tokens: int, device: torch.device, **settings: Any
+    model: Any, tokenizer: Tokenizer, prompt: str, num_tokens: int, device: torch.device, **settings: Any
 ) -> None:
-    """Print ``prompt`` and what follows it, each token as soon as it is drawn."""
+    """Print ``prompt`` and what follows it, each character as soon as its last token is drawn."""
     idx = torch.from_numpy(tokenizer.encode(prompt)).to(device)[None]  # (1, T)
     sys.stdout.write(prompt.lstrip("\n"))
+    decode = tokenizer.decoder()
     for token in generate(model, idx, num_tokens, **settings):
-        sys.stdout.write(tokenizer.decode(token[0].tolist()))
+        sys.stdout.write(decode(token[0].tolist()))
         sys.stdout.flush()
-    sys.stdout.write("\n")
+    sys.stdout.write(decode([], final=True) + "\n")
 
 
 @app.command("eval")
 def evaluate(
     run: _RunArgument,
+    data: Annotated[
+        str | None, typer.Option(help="any text, which is read whole; of a prepared folder, the validation split")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="tokens from a window to the next; default: block_size, no overlap")
+    ] = None,
     eval_iters: Annotated[int | None, typer.Option(min=1, help="batches averaged; default: as the run ends")] = None,
     checkpoint: _CheckpointOption = "best",
     device: _DeviceOption = "auto",
@@ -338,16 +392,34 @@ def evaluate(
     backend: _BackendOption = "",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Average a checkpoint's loss over batches of its data."""
+    """Average a checkpoint's loss over batches of its own data, or, with --data, over each token of any text."""
+    if data is None and stride is not None:
+        raise UserError("--stride is for --data, a text that is evaluated whole")
+    if data is not None and eval_iters is not None:
+        raise UserError("--eval-iters is for the run's own data: --data is evaluated whole")
     where = pick_device(device)
     model, tokenizer, config, state = load_model(run, checkpoint)
     of = pick_dtype(dtype or config.dtype, where)
     choice = pick_backend(backend, where, of)
     console = Console(stderr=as_json, soft_wrap=True, highlight=False)
-    dataset = load_dataset(config.data, model.config.block_size, tokenizer, notify=console.print)
-    count = eval_iters or config.final_eval_iters
     autocast = torch.autocast(where.type, dtype=of, enabled=of != torch.float32)
     model.to(where)
+    if data is not None:
+        text = load_tokens(data, tokenizer, notify=console.print)
+        with choice:
+            found = text_loss(
+                model, text, tokenizer, stride=stride, batch_size=config.batch_size, device=where, autocast=autocast
+            )
+        if as_json:
+            print(json.dumps({"step": state.step, "data": text.name, **dataclasses.asdict(found)}))
+            return
+        title = f"{run.resolve().name}, step {state.step}, {found.tokens:,} tokens of {text.name}"
+        table = Table("loss", "perplexity", "bits per byte", title=title, title_justify="left")
+        table.add_row(f"{found.loss:.4f}", f"{found.perplexity:.3f}", f"{found.bits_per_byte:.4f}")
+        console.print(table)
+        return
+    dataset = load_dataset(config.data, model.config.block_size, tokenizer, notify=console.print)
+    count = eval_iters or config.final_eval_iters
     batches = evaluation_batches(dataset, config, model.config.block_size, where)
     with choice:
         losses = {split: mean_loss(model, batches[split], count, autocast) for split in batches}
@@ -371,6 +443,26 @@ def plot(
     """Draw the losses of one run, or of several in one picture."""
     plot_losses(runs, out, x)
     print(out)
+
+
+@app.command()
+def export(
+    run: _RunArgument,
+    to: Annotated[Literal["hf"], typer.Option(help="hf: a folder that Hugging Face's transformers opens")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="the folder to write")],
+    checkpoint: _CheckpointOption = "best",
+) -> None:
+    """Write a checkpoint for other programs."""
+    model, tokenizer, _, state = load_model(run, checkpoint)
+    if not isinstance(model, GPT):
+        raise UserError(f"{run}: only a GPT can be exported, and this run trained a {type(model).__name__}")
+    written = export_hf(model, tokenizer, out)
+    print(f"step {state.step} of {run} is in {out}: transformers.GPT2LMHeadModel.from_pretrained({str(out)!r})")
+    print(
+        f"its tokenizer, too: transformers.AutoTokenizer.from_pretrained({str(out)!r})"
+        if written
+        else f"its tokenizer ({tokenizer.kind}) has no like there, and stays behind"
+    )
 
 
 @app.command()

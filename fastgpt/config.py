@@ -123,7 +123,20 @@ class TrainConfig:
         ValueError: a number out of its range.
     """
 
-    data: str = _option("shakespeare", '"shakespeare", "stdlib" (Python\'s own sources), or a text file or folder')
+    data: str = _option(
+        "shakespeare",
+        '"shakespeare", "stdlib" (Python\'s own sources), a text file or folder, or one of fastgpt prepare',
+    )
+    tokenizer: str = _option(
+        "auto",
+        "char, byte, gpt2, bpe[:SIZE], sentencepiece[:SIZE] (trained on the text), or a tokenizer.json; auto: that of "
+        "prepared data, else char",
+    )
+    init: str = _option(
+        "",
+        "weights to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl or OWNER/NAME of the Hugging Face Hub, a folder "
+        "in its layout, a run, or nanoGPT's ckpt.pt",
+    )
     backend: str = _option("", 'of all ops, or "op=backend,..."; default: FASTGPT_BACKEND, else "auto"')
     device: str = _option("auto", '"cpu", "cuda" or "cuda:N"; auto: cuda where there is one')
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = _option(
@@ -237,6 +250,23 @@ PRESETS = {
         GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=False, gelu="none"),
         TrainConfig(batch_size=64, max_iters=5000, eval_iters=200),
         "10.65M parameters (nanoGPT config/train_shakespeare_char.py); validation loss 1.47 on Tiny Shakespeare",
+    ),
+    "finetune-shakespeare": Preset(
+        GPTConfig(),
+        TrainConfig(
+            init="gpt2-xl",
+            batch_size=1,
+            grad_accum=32,
+            max_iters=20,
+            lr=3e-5,
+            min_lr=3e-5,
+            warmup_iters=0,
+            beta2=0.95,
+            eval_interval=5,
+            eval_iters=40,
+            final_eval_iters=40,
+        ),
+        "GPT-2 XL, or what --init names, fine-tuned at a constant rate (nanoGPT config/finetune_shakespeare.py)",
     ),
     "gpt2": _gpt2(12, 12, 768),
     "gpt2-medium": _gpt2(24, 16, 1024),

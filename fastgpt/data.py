@@ -10,34 +10,53 @@ import time
 import tokenize
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastgpt.config import UserError
-from fastgpt.files import new_folder, write_atomically
-from fastgpt.tokenizer import CharTokenizer
+from fastgpt.extras import require
+from fastgpt.files import json_bytes, new_folder, write_atomically
+from fastgpt.shards import Header, Piece, Shard, Shards, Split, is_prepared, read_shards, write_shards
+from fastgpt.tokenizer import Tokenizer, make_tokenizer, read_tokenizer
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_FILE = "tinyshakespeare.txt"
 DOWNLOAD_SECONDS = 30.0
-TRAIN_SHARE = 0.9
+TRAIN_SHARE = 0.9  # of a text's bytes; the rest is for validation
 NAMED_TEXTS = ("shakespeare", "stdlib")
+# Corpora of the Hugging Face hub: repository and configuration, whose split "train" has a column "text".
+CORPORA = {
+    "openwebtext": ("Skylion007/openwebtext", None),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+}
+VAL_EVERY = 2000  # one document in so many of a corpus is for validation, the share that nanoGPT takes
+PIECE_CHARS = 1 << 20  # a longer document is tokenized in parts that end with a line
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A tokenized text: ``train`` and ``val`` are memory-mapped uint16 or uint32, the first 90% and the rest."""
+    """A tokenized text: ``train`` and ``val`` are memory-mapped uint16 or uint32, one array or several shards."""
 
     name: str
-    tokenizer: CharTokenizer
-    train: np.ndarray
-    val: np.ndarray
+    tokenizer: Tokenizer
+    train: np.ndarray | Shards
+    val: np.ndarray | Shards
+
+
+class TokenizedText(NamedTuple):
+    """A text in one piece."""
+
+    name: str
+    tokens: np.ndarray | Shards
+    num_bytes: int  # of its UTF-8
 
 
 def cache_dir() -> Path:
@@ -48,40 +67,97 @@ def cache_dir() -> Path:
 
 
 def load_dataset(
-    data: str, block_size: int, tokenizer: CharTokenizer | None = None, notify: Callable[[str], None] = print
+    data: str, block_size: int, tokenizer: Tokenizer | str = "auto", notify: Callable[[str], None] = print
 ) -> Dataset:
-    """Find the text, tokenize it into the cache folder, and map it.
+    """Map a folder of `fastgpt prepare`; or find the text, tokenize it into the cache folder, and map that.
 
     Args:
-        data: "shakespeare", "stdlib", or a text file or folder of text files.
+        data: "shakespeare", "stdlib", a text file or folder of text files, or a prepared folder.
         block_size: context length, in tokens, that both splits must have room for.
-        tokenizer: of an earlier run; None makes one from the text.
+        tokenizer: of an earlier run, or as in ``make_tokenizer``; "auto" is the prepared folder's own, else "char".
         notify: gets one line if Tiny Shakespeare cannot be had and the standard library stands in.
     Raises:
-        UserError: no text there, not UTF-8, too short, or characters that ``tokenizer`` does not have.
+        UserError: no text there, not UTF-8, too short, damaged, or not for ``tokenizer``.
     """
-    name, text = load_text(data, notify)
-    tokenizer = tokenizer or CharTokenizer.trained_on(text)
-    folder = _token_folder(text, tokenizer)
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    split = int(TRAIN_SHARE * len(text))
-    for part, length in (("training", split), ("validation", len(text) - split)):
+    if tokenizer != "auto" and isinstance(tokenizer, str) and tokenizer.endswith(".json"):
+        tokenizer = make_tokenizer(tokenizer, tuple)
+    folder = Path(data).expanduser()
+    if data and is_prepared(folder):
+        name = data
+    else:
+        name, texts = _local_texts(data, notify)
+        tokenizer = "char" if tokenizer == "auto" else tokenizer
+        folder, tokenizer = _tokenized(texts, name, tokenizer)
+    header, own, splits = read_shards(folder)
+    _require_tokenizer(tokenizer, name, header, own)
+    for part, split in (("training", "train"), ("validation", "val")):
+        length = len(splits[split])  # type: ignore[index]
         if length <= block_size:
             raise UserError(
                 f"{name}: too short: its {part} split has {length} tokens, and block_size {block_size} needs at least "
                 f"{block_size + 1}"
             )
-    if not folder.is_dir():
-        tokens = tokenizer.encode(text).astype(dtype)
-        with new_folder(folder) as made:
-            tokens[:split].tofile(made / "train.bin")
-            tokens[split:].tofile(made / "val.bin")
-            header = {"dtype": np.dtype(dtype).name, "tokenizer": tokenizer.to_json(), "tokens": len(tokens)}
-            (made / "header.json").write_text(json.dumps(header), encoding="utf-8")
-    train, val = (np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r") for part in ("train", "val"))
-    if (len(train), len(val)) != (split, len(text) - split):
-        raise UserError(f"{folder}: its token files are damaged: delete the folder, and they will be made again")
-    return Dataset(name, tokenizer, train, val)
+    return Dataset(name, own, splits["train"], splits["val"])
+
+
+def prepare(
+    data: str,
+    tokenizer: str,
+    out: Path,
+    processes: int = 1,
+    report: Callable[[Shard], None] = lambda shard: None,
+    notify: Callable[[str], None] = print,
+) -> Header:
+    """Tokenize a text or a corpus into the folder ``out``, which ``load_dataset`` takes; called again, it goes on.
+
+    Args:
+        data: "shakespeare", "stdlib", a text file or folder of text files, "openwebtext" or "fineweb-edu".
+        tokenizer: as in ``make_tokenizer``.
+        processes, report: as in ``write_shards``.
+        notify: as in ``load_dataset``.
+    Raises:
+        UserError: text, corpus or tokenizer that cannot be had, or a folder that something else lies in.
+    """
+    pieces: Callable[[], Iterator[Piece]]
+    if data in CORPORA:
+        pieces = partial(_corpus_pieces, data)
+    else:
+        data, texts = _local_texts(data, notify)
+        data = data if data in NAMED_TEXTS else str(Path(data).expanduser().resolve())
+        pieces = partial(_local_pieces, texts)
+    return write_shards(
+        out,
+        pieces(),
+        data=data,
+        tokenizer_name=tokenizer,
+        tokenizer=lambda: make_tokenizer(tokenizer, lambda: (piece.text for piece in pieces())),
+        processes=processes,
+        report=report,
+    )
+
+
+def load_tokens(data: str, tokenizer: Tokenizer, notify: Callable[[str], None] = print) -> TokenizedText:
+    """A whole text by ``tokenizer``; of a prepared folder, the validation split.
+
+    Raises:
+        UserError: as ``load_dataset``.
+    """
+    folder = Path(data).expanduser()
+    if data and is_prepared(folder):
+        header, own, splits = read_shards(folder)
+        _require_tokenizer(tokenizer, data, header, own)
+        num_bytes = sum(shard.text_bytes for shard in header.shards if shard.file.startswith("val"))
+        return TokenizedText(data, splits["val"], num_bytes)
+    name, text = load_text(data, notify)
+    return TokenizedText(name, np.concatenate([tokenizer.encode(part) for part in _cut(text)]), len(text.encode()))
+
+
+def _require_tokenizer(wanted: Tokenizer | str, name: str, header: Header, own: Tokenizer) -> None:
+    if isinstance(wanted, Tokenizer):
+        if own.to_json() != wanted.to_json():
+            raise UserError(f"{name}: prepared with tokenizer {header.tokenizer_name}, which is not the run's")
+    elif wanted not in ("auto", header.tokenizer_name):
+        raise UserError(f"{name}: prepared with tokenizer {header.tokenizer_name}, not {wanted}")
 
 
 class Batches:
@@ -96,7 +172,13 @@ class Batches:
     """
 
     def __init__(
-        self, tokens: np.ndarray, batch_size: int, block_size: int, seed: int, stream: str, device: torch.device
+        self,
+        tokens: np.ndarray | Shards,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        stream: str,
+        device: torch.device,
     ) -> None:
         self._tokens = tokens
         self._offsets = np.arange(block_size + 1)
@@ -114,24 +196,92 @@ class Batches:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
+class _Text(NamedTuple):
+    """A text that is read when it is wanted."""
+
+    num_bytes: int  # about, where the file is not UTF-8
+    read: Callable[[], str]
+
+
 def load_text(data: str, notify: Callable[[str], None] = print) -> tuple[str, str]:
     """The name of what was read ("stdlib" where that stands in for "shakespeare") and its text.
 
     Raises:
         UserError: no such file, no text in it, or bytes that are not UTF-8.
     """
+    name, texts = _local_texts(data, notify)
+    return name, "".join(text.read() for text in texts)
+
+
+def _local_texts(data: str, notify: Callable[[str], None]) -> tuple[str, list[_Text]]:
+    """As ``load_text``, one text for each document."""
     if not data:
         raise UserError("data must be shakespeare, stdlib, or a text file or folder, got ''")
+    if data in CORPORA:
+        raise UserError(f"{data} is prepared first: fastgpt prepare --data {data} --out DIR, then --data DIR")
     if data == "shakespeare":
         try:
-            return data, _shakespeare()
+            text = _shakespeare()
+            return data, [_Text(len(text.encode()), lambda: text)]
         except OSError as error:
             notify(f"Tiny Shakespeare cannot be had ({error}); training on Python's standard library instead")
             data = "stdlib"
-    text = _stdlib() if data == "stdlib" else _read_path(Path(data).expanduser())
-    if not text:
+    if data == "stdlib":
+        paths, read = _stdlib(), _read_source
+    else:
+        paths, read = _files(Path(data).expanduser()), _read_file
+    try:
+        texts = [_Text(path.stat().st_size, partial(read, path)) for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    if not sum(text.num_bytes for text in texts):
         raise UserError(f"{data}: there is no text in it")
-    return data, text
+    return data, texts
+
+
+def _local_pieces(texts: list[_Text]) -> Iterator[Piece]:
+    """The first 90% of the bytes to train on, the rest to validate."""
+    left = int(TRAIN_SHARE * sum(text.num_bytes for text in texts))  # bytes still to train on
+    for source in texts:
+        text = source.read()
+        if source.num_bytes <= left:
+            yield from _pieces("train", text)
+        elif left <= 0:
+            yield from _pieces("val", text)
+        else:
+            chars = len(text.encode()[:left].decode("utf-8", "ignore"))
+            yield from _pieces("train", text[:chars])
+            yield from _pieces("val", text[chars:])
+        left -= source.num_bytes
+
+
+def _corpus_pieces(corpus: str) -> Iterator[Piece]:
+    """A corpus of the hub as it streams in, one document in VAL_EVERY for validation."""
+    datasets = require("datasets", "data", f"the corpus {corpus}")
+    repository, configuration = CORPORA[corpus]
+    try:
+        rows = datasets.load_dataset(repository, configuration, split="train", streaming=True)
+        for index, row in enumerate(rows):
+            yield from _pieces("train" if index % VAL_EVERY else "val", row["text"])
+    except OSError as error:
+        raise UserError(f"{corpus} cannot be streamed from the Hugging Face hub: {error}") from error
+
+
+def _pieces(split: Split, document: str) -> Iterator[Piece]:
+    *parts, last = _cut(document)
+    yield from (Piece(split, part, False) for part in parts)
+    if last:
+        yield Piece(split, last, True)
+
+
+def _cut(text: str) -> Iterator[str]:
+    """``text`` in parts of at most PIECE_CHARS, each ending with a line where there is one."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        end = text.rfind("\n", start, start + PIECE_CHARS) + 1 or start + PIECE_CHARS
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _shakespeare() -> str:
@@ -168,24 +318,24 @@ def _download(url: str, seconds: float) -> bytes:
     return bytes(received)
 
 
-def _stdlib() -> str:
+def _stdlib() -> list[Path]:
     """The sources of the running Python's standard library, its tests and site-packages left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    paths = sorted(p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts))
-    texts = []
-    for path in paths:
-        with tokenize.open(path) as file:  # honours the encoding that a source declares
-            texts.append(file.read())
-    return "".join(texts)
+    return sorted(p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts))
 
 
-def _read_path(path: Path) -> str:
-    if path.is_dir():
-        files = [p for p in path.rglob("*") if p.is_file()]
-        visible = sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        return "".join(_read_file(p) for p in visible)
-    return _read_file(path)
+def _read_source(path: Path) -> str:
+    with tokenize.open(path) as file:  # honours the encoding that a source declares
+        return file.read()
+
+
+def _files(path: Path) -> list[Path]:
+    """``path``, or the files in it but for hidden ones."""
+    if not path.is_dir():
+        return [path]
+    files = [p for p in path.rglob("*") if p.is_file()]
+    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts))
 
 
 def _read_file(path: Path) -> str:
@@ -197,8 +347,27 @@ def _read_file(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _token_folder(text: str, tokenizer: CharTokenizer) -> Path:
-    """Where the tokens of ``text`` lie: named by what they are made from, so that a change in it is another folder."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
-    digest.update(json.dumps(tokenizer.to_json()).encode())
-    return cache_dir() / "tokens" / digest.hexdigest()[:32]
+def _tokenized(texts: list[_Text], name: str, tokenizer: Tokenizer | str) -> tuple[Path, Tokenizer]:
+    """Where the tokens of ``texts`` lie: named by what they are made from, so that a change in it is another folder."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.read().encode() + b"\xff")  # a byte that UTF-8 does not have
+    if isinstance(tokenizer, str):  # trained once
+        path = cache_dir() / "tokenizers" / f"{_key(digest, tokenizer)}.json"
+        if not path.is_file():
+            made = make_tokenizer(tokenizer, lambda: (text.read() for text in texts))
+            write_atomically(path, json_bytes(made.to_json()))
+        tokenizer = read_tokenizer(path)
+    folder = cache_dir() / "tokens" / _key(digest, json.dumps(tokenizer.to_json()))
+    if not folder.is_dir():
+        with new_folder(folder) as new:
+            write_shards(
+                new, _local_pieces(texts), data=name, tokenizer_name=tokenizer.kind, tokenizer=lambda: tokenizer
+            )
+    return folder, tokenizer
+
+
+def _key(text: Any, tokenizer: str) -> str:
+    digest = text.copy()
+    digest.update(tokenizer.encode())
+    return digest.hexdigest()[:32]

@@ -7,6 +7,8 @@ Parameters carry GPT-2's own names, so that its weights load by name.
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -157,6 +159,13 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **settings: Any) -> GPT:
+        """GPT-2's weights by name ("gpt2"), or those of a folder or file: ``fastgpt.pretrained.load_pretrained``."""
+        from fastgpt.pretrained import load_pretrained  # which needs this file
+
+        return load_pretrained(source, **settings)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, last_only: bool = False

@@ -41,7 +41,9 @@ from fastgpt.metrics import Metrics, check_tensorboard, plot_losses
 from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, fp32_products, peak_memory, pick_backend, pick_device, pick_dtype
+from fastgpt.pretrained import tokenizer_of
 from fastgpt.profiling import FIRST, LAST, traced
+from fastgpt.tokenizer import Tokenizer
 
 # Settings that change nothing in what a run computes, but what is written and said about it.
 _ASIDE = {
@@ -67,6 +69,7 @@ class Trainer:
         keep_vocab_size: take ``model_config.vocab_size`` as it is.
         resume: go on from a checkpoint in ``run``, or begin anew where it was killed before the first.
         checkpoint: which one: "last", "best" or "step-N".
+        init: the weights to start from, those of ``config.init``; ``model_config`` is theirs.
         console: where lines and the progress bar go.
     Raises:
         UserError: settings, data or a folder that cannot be used; nothing has been written into ``run`` then.
@@ -81,9 +84,12 @@ class Trainer:
         keep_vocab_size: bool = False,
         resume: bool = False,
         checkpoint: str = "last",
+        init: GPT | None = None,
         console: Console | None = None,
     ) -> None:
         self.console = console or Console()
+        if config.init and not resume and init is None:
+            raise UserError(f"the settings name weights to start from ({config.init}), so Trainer needs them as init")
         if not resume and (run / CHECKPOINTS).exists():
             raise UserError(f"{run}: a run lies here already: continue it with --resume, or choose another --out")
         self.device = pick_device(config.device)
@@ -93,12 +99,18 @@ class Trainer:
             raise UserError("recompute is for the blocks of a GPT, and this model has none")
         if config.tensorboard:
             check_tensorboard()
-        _, begun, tokenizer = read_config(run) if resume else (None, config, None)
+        tokenizer: Tokenizer | str = config.tokenizer
+        if resume:
+            _, begun, tokenizer = read_config(run)
+        elif config.init and tokenizer == "auto":
+            tokenizer = tokenizer_of(config.init) or "auto"
         self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
         found = self.dataset.name  # a path is kept as one that holds from any folder
         found = found if found in NAMED_TEXTS else str(Path(found).expanduser().resolve())
         self.config = config = replace(config, data=found)
-        if not resume:
+        if init is not None:
+            _require_vocabulary(init, self.dataset, config.init)
+        elif not resume:
             model_config = _with_vocabulary(model_config, self.dataset, keep_vocab_size)
 
         torch.manual_seed(config.seed)
@@ -107,7 +119,12 @@ class Trainer:
             folder, self.state = open_checkpoint(run, checkpoint)
             if self.state.step >= config.max_iters:
                 raise UserError(f"{run}: this run is at step {self.state.step} already: --max-iters gives it more")
-        self.model = restore_model(model_config, folder) if folder else build_model(model_config)
+        elif resume and config.init:
+            raise UserError(
+                f"{run}: this run was killed before its first checkpoint: begin it anew, with --init {config.init}"
+            )
+        self.model = restore_model(model_config, folder) if folder else init or build_model(model_config)
+        self.model.train()
         left = config.max_iters - self.state.step
         if config.profile and left < LAST:
             raise UserError(f"profile traces steps {FIRST} to {LAST} of a start, and this one has only {left}")
@@ -413,6 +430,13 @@ def _with_vocabulary(model_config: ModelConfig, dataset: Dataset, keep: bool) ->
     if model_config.vocab_size < needed:
         raise UserError(f"vocab_size must be at least {needed}, {dataset.name}'s, got {model_config.vocab_size}")
     return model_config
+
+
+def _require_vocabulary(weights: GPT, dataset: Dataset, source: str) -> None:
+    """Other tokens than the weights know would be taken for theirs. nanoGPT pads a vocabulary to a multiple of 64."""
+    tokens, rows = dataset.tokenizer.vocab_size, weights.config.vocab_size
+    if not rows - 64 < tokens <= rows:
+        raise UserError(f"{dataset.name}: its tokenizer has {tokens} tokens, and the weights of {source} know {rows}")
 
 
 def _progress(console: Console) -> Progress:

@@ -15,15 +15,26 @@ PACKAGE = Path(fastgpt.__file__).parent
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("train", "generate", "benchmarks"),
-    ("model", "data", "optim", "checkpoint", "metrics", "placement"),
+    ("train", "generate", "perplexity", "integrations", "benchmarks"),
+    ("model", "data", "optim", "checkpoint", "pretrained", "metrics", "placement"),
     ("ops",),
     ("dispatch",),
     ("reference", "torch_native"),
     ("emulator",),
     ("triton_kernels", "extension"),
     # Below everything: they know nothing of models or ops.
-    ("config", "tokenizer", "files", "tensor_files", "kernel_ops", "devices", "cuda_graph", "profiling"),
+    (
+        "config",
+        "extras",
+        "tokenizer",
+        "files",
+        "shards",
+        "tensor_files",
+        "kernel_ops",
+        "devices",
+        "cuda_graph",
+        "profiling",
+    ),
 )
 FACADE = "fastgpt"  # fastgpt/__init__.py: the public names
 

@@ -1,0 +1,374 @@
+"""Weights from elsewhere, and the way out: GPT-2's in Hugging Face's layout, and nanoGPT's checkpoints.
+
+Hugging Face's layout is a folder with config.json and model.safetensors, or several files that an index names. Its
+tensors carry our names, with or without "transformer." before them; the weights of a block's four linear layers are
+transposed (Conv1D), and masks that old files hold beside them are left alone. nanoGPT's is ckpt.pt, a zip of a pickle
+and of numbers: the pickle is looked through before it is read, and may build tensors and plain values alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickletools
+import re
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastgpt.checkpoint import load_model, read_config
+from fastgpt.config import GPTConfig, UserError
+from fastgpt.extras import require
+from fastgpt.files import json_bytes, new_folder, read_json
+from fastgpt.model import GPT
+from fastgpt.tensor_files import check_tensors, read_tensors, tensor_names
+from fastgpt.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+FREE_SETTINGS = ("block_size", "dropout", "attention")  # the others are the weights' own
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+NANOGPT = "ckpt.pt"
+LARGEST_SIZE = 1 << 24  # of each setting that is a size: beyond it, their products would overflow
+LARGEST_PICKLE = 1 << 26  # bytes; the numbers lie beside it
+
+# config.json's activation_function for each ``GPTConfig.gelu``; the first is the one that we write.
+_ACTIVATIONS = {"tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "none": ("gelu", "gelu_python")}
+# What a GPT has no choice of: what config.json must have, which is also what its absence means.
+_FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "layer_norm_epsilon": 1e-5,
+}
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+_CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+_HARMLESS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Weights under our names, checked against the shape of their model."""
+
+    config: GPTConfig
+    tensors: Mapping[str, Tensor]
+
+
+def load_pretrained(source: str | Path, **settings: Any) -> GPT:
+    """A GPT of weights from elsewhere.
+
+    Args:
+        source: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or any OWNER/NAME of the Hugging Face Hub, fetched on
+            first use; a folder in its layout; a run's folder; or nanoGPT's ckpt.pt, or the folder it lies in.
+        settings: fields of ``GPTConfig``. ``block_size`` may be smaller (the positions beyond are cut off), ``dropout``
+            and ``attention`` are free; of the others, none may differ from what the weights were made with.
+    Returns:
+        The model in fp32, on the CPU, in evaluation mode.
+    Raises:
+        UserError: nothing there, a file that is damaged or not what it seems, a model that GPT cannot represent, or a
+            setting that these weights do not have.
+    """
+    found = _find(source, "dropout" in settings)
+    for name, value in settings.items():
+        own = getattr(found.config, name)
+        if name not in FREE_SETTINGS and value != own:
+            raise UserError(f"{name} must be {own}, as the weights of {source} have it, got {value}")
+    config = dataclasses.replace(found.config, **settings)
+    if config.block_size > found.config.block_size:
+        raise UserError(
+            f"block_size must be at most {found.config.block_size}, the positions that {source} knows, got "
+            f"{config.block_size}"
+        )
+    with torch.device("meta"):
+        model = GPT(config)  # draws no weights
+    model.to_empty(device="cpu")
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(found.tensors[name][: len(param)])  # fewer of wpe alone
+    return model.eval()
+
+
+def tokenizer_of(source: str | Path) -> Tokenizer | None:
+    """The tokenizer that belongs to the weights of ``source``.
+
+    That is GPT-2's own for GPT-2 by name, a run's, or what tokenizer.json holds beside weights in Hugging Face's layout
+    if it cuts text as GPT-2 does; else None.
+
+    Raises:
+        UserError: a damaged file, or GPT-2's vocabulary cannot be had.
+    """
+    if source in GPT2_NAMES and not Path(source).exists():
+        return GPT2Tokenizer()
+    path = Path(source).expanduser()
+    kind = _kind(path)
+    if kind == "run":
+        return read_config(path)[2]
+    folder = _download(str(source)) if kind == "name" else path
+    return _read_hf_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
+
+
+def export_hf(model: GPT, tokenizer: Tokenizer | None, out: Path) -> bool:
+    """Write a folder that ``transformers.GPT2LMHeadModel.from_pretrained`` opens.
+
+    The rows that pad the vocabulary are left out, as they are from logits; a bias that the model does not have is 0.
+
+    Args:
+        tokenizer: written for ``transformers.AutoTokenizer`` if it is GPT-2's or a BPE; the others have no like there.
+        out: a folder that is not there yet.
+    Returns:
+        Whether the tokenizer was written.
+    Raises:
+        UserError: the folder is there.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already: choose another --out")
+    c = model.config
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": c.vocab_size,
+        "n_positions": c.block_size,
+        "n_embd": c.n_embd,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_inner": None,
+        "activation_function": _ACTIVATIONS[c.gelu][0],
+        **dict.fromkeys(_DROPOUTS, c.dropout),
+        **_FIXED,
+        "tie_word_embeddings": c.tie_weights,
+        "bos_token_id": tokenizer and tokenizer.end_of_text,
+        "eos_token_id": tokenizer and tokenizer.end_of_text,
+        "dtype": "float32",
+    }
+    tensors = {}
+    for name, param in model.named_parameters():
+        weight = param.detach().float().cpu()
+        if _CONV1D.search(name):
+            weight = weight.mT
+        elif name in ("transformer.wte.weight", "lm_head.weight"):
+            weight = weight[: c.vocab_size]
+        tensors[name] = weight.contiguous()
+        if not c.bias and ".wte." not in name and ".wpe." not in name and name != "lm_head.weight":
+            tensors[name.removesuffix("weight") + "bias"] = torch.zeros(weight.shape[-1])
+    with new_folder(out) as made:
+        (made / "config.json").write_bytes(json_bytes(config))
+        save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
+        if not isinstance(tokenizer, (BPETokenizer, GPT2Tokenizer)):
+            return False
+        names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size, **names}
+        (made / "tokenizer_config.json").write_bytes(json_bytes(settings))
+        (made / TOKENIZER).write_text(tokenizer.to_hf(), encoding="utf-8")
+        return True
+
+
+def gelu_of(activation: Any) -> str | None:
+    """``GPTConfig.gelu`` of an activation_function of transformers; None where it is another function."""
+    return next((gelu for gelu, names in _ACTIVATIONS.items() if activation in names), None)
+
+
+def _find(source: str | Path, any_dropout: bool) -> _Found:
+    path = Path(source).expanduser()
+    kind = _kind(path)
+    if kind in ("name", "hf"):
+        return _read_hf(path if kind == "hf" else _download(str(source)), any_dropout)
+    if kind == "nanogpt":
+        return _read_nanogpt(path / NANOGPT if path.is_dir() else path)
+    model = load_model(path)[0]
+    if not isinstance(model, GPT):
+        raise UserError(f"{path}: the weights of a GPT are wanted, and this run trained a {type(model).__name__}")
+    return _Found(model.config, dict(model.named_parameters()))
+
+
+def _kind(path: Path) -> Literal["name", "hf", "nanogpt", "run"]:
+    """What ``path`` is, by what lies there; whether that is whole is for its reader to say."""
+    settings = path / "config.json"
+    if settings.is_file():
+        return "hf" if "model_type" in read_json(settings) else "run"
+    if path.is_file() or (path / NANOGPT).is_file():
+        return "nanogpt"
+    return "run" if path.is_dir() else "name"
+
+
+def _download(name: str) -> Path:
+    """The folder of a model of the Hugging Face Hub."""
+    repository = f"openai-community/{name}" if name in GPT2_NAMES else name
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+        raise UserError(f"{name}: there is no such file or folder, and no model that is known by this name")
+    hub = require("huggingface_hub", "hf", f"{name}: a model of the Hugging Face Hub")
+    wanted = ["config.json", TOKENIZER, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+    try:
+        return Path(hub.snapshot_download(repository, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # all of the Hub's own are one or the other
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: neither here nor to be had from the Hugging Face Hub ({reason})") from error
+
+
+def _read_hf(folder: Path, any_dropout: bool) -> _Found:
+    config = _hf_config(folder / "config.json", any_dropout)
+    files = _hf_files(folder)
+    own = _parameters(folder, config, files)
+    bare = "wte.weight" in files
+    theirs = {name.removeprefix("transformer.") if bare else name: name for name in own}
+    missing = theirs.keys() - files.keys()
+    if missing:
+        raise UserError(f"{folder}: damaged: its weights lack {min(missing)}")
+    tensors: dict[str, Tensor] = {}
+    for file in {files[name] for name in theirs}:
+        like = {name: _turned(ours, own[ours]) for name, ours in theirs.items() if files[name] == file}
+        tensors |= {theirs[name]: _turned(name, found) for name, found in read_tensors(folder / file, like).items()}
+    return _Found(config, tensors)
+
+
+def _turned(name: str, weight: Tensor) -> Tensor:
+    """A weight in the other of the two layouts."""
+    return weight.mT if _CONV1D.search(name) else weight
+
+
+def _hf_files(folder: Path) -> dict[str, str]:
+    """{name of a tensor: the file in ``folder`` that holds it}"""
+    if (folder / WEIGHTS).is_file():
+        return dict.fromkeys(tensor_names(folder / WEIGHTS), WEIGHTS)
+    index = folder / INDEX
+    if not index.is_file():
+        raise UserError(f"{folder}: there are no weights in this folder (neither {WEIGHTS} nor {INDEX})")
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict):
+        raise UserError(f"{index}: damaged: weight_map must be an object")
+    for file in files.values():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
+            raise UserError(f"{index}: damaged: weight_map must name files beside it, got {str(file)[:100]!r}")
+    return files
+
+
+def _hf_config(path: Path, any_dropout: bool) -> GPTConfig:
+    """The model's shape; one whose dropouts differ only where ``any_dropout`` says that they will not be used."""
+    data = read_json(path)
+    if data.get("model_type") != "gpt2":
+        raise UserError(f"{path}: model_type must be 'gpt2', got {str(data.get('model_type'))[:100]!r}")
+    activation = data.get("activation_function", "gelu_new")
+    gelu = gelu_of(activation)
+    if gelu is None:
+        known = ", ".join(name for names in _ACTIVATIONS.values() for name in names)
+        raise UserError(f"{path}: activation_function must be one of {known}, got {str(activation)[:100]!r}")
+    dropout, *others = (data.get(name, 0.1) for name in _DROPOUTS)
+    if not any_dropout and any(other != dropout for other in others):
+        raise UserError(f"{path}: {', '.join(_DROPOUTS)} must be one number, got {dropout}, {others[0]}, {others[1]}")
+    config = _config(
+        path,
+        vocab_size=data.get("vocab_size", 50257),
+        block_size=data.get("n_positions", 1024),
+        n_embd=data.get("n_embd", 768),
+        n_layer=data.get("n_layer", 12),
+        n_head=data.get("n_head", 12),
+        dropout=0.0 if any_dropout else dropout,
+        gelu=gelu,
+        tie_weights=data.get("tie_word_embeddings", True),
+    )
+    for name, wanted in {**_FIXED, "n_inner": 4 * config.n_embd}.items():
+        found = data.get(name)
+        if found is not None and found != wanted:
+            raise UserError(f"{path}: {name} must be {wanted}, got {str(found)[:100]}")
+    return config
+
+
+def _read_hf_tokenizer(path: Path) -> Tokenizer | None:
+    """A tokenizer that has GPT-2's way with bytes and words; None where it has another."""
+    data = read_json(path)
+    model, words, added = (data.get(name) for name in ("model", "pre_tokenizer", "added_tokens"))
+    if not isinstance(model, dict) or not isinstance(words, dict) or model.get("type") != "BPE":
+        return None
+    if words.get("type") != "ByteLevel" or words.get("add_prefix_space") or data.get("normalizer"):
+        return None
+    ids, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(ids, dict) or not isinstance(merges, list) or not isinstance(added, list):
+        raise UserError(f"{path}: damaged: its model must have a vocab and merges, and the file added_tokens")
+    ids = ids | {str(token.get("content")): token.get("id") for token in added if isinstance(token, dict)}
+    if sorted(map(str, ids.values())) != sorted(map(str, range(len(ids)))):
+        raise UserError(f"{path}: damaged: the tokens' ids must be the numbers from 0 on")
+    # Each merge is a list of two, or in older files their text.
+    pairs = [" ".join(map(str, merge)) if isinstance(merge, list) else merge for merge in merges]
+    try:
+        return Tokenizer.from_json({"type": "bpe", "tokens": sorted(ids, key=ids.__getitem__), "merges": pairs})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _read_nanogpt(path: Path) -> _Found:
+    """nanoGPT's model has exact GELU and ties its weights."""
+    checkpoint = _unpickle(path)
+    arguments, weights = (
+        checkpoint.get(name) if isinstance(checkpoint, dict) else None for name in ("model_args", "model")
+    )
+    if not isinstance(arguments, dict) or not isinstance(weights, dict):
+        raise UserError(f"{path}: not a checkpoint of nanoGPT: it must hold model and model_args")
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    missing = [name for name in names if name not in arguments]
+    if missing:
+        raise UserError(f"{path}: damaged: model_args lacks {missing[0]}")
+    config = _config(path, gelu="none", **{name: arguments[name] for name in names})
+    # torch.compile puts a prefix before the names.
+    tensors = {str(name).removeprefix("_orig_mod."): t for name, t in weights.items() if isinstance(t, Tensor)}
+    check_tensors(path, tensors, _parameters(path, config, tensors))
+    return _Found(config, tensors)
+
+
+def _unpickle(path: Path) -> Any:
+    """What ``torch.save`` wrote, if that is tensors and plain values.
+
+    Nothing is executed, and nothing becomes larger than it lies there: the zip is not compressed, so the numbers are
+    mapped, and the pickle names only what tensors are made of (PyTorch would let it have a bytearray of any size).
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
+            packed = any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist())
+            if packed or len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
+                raise zipfile.BadZipFile("it has not the parts of one")
+            operations = list(pickletools.genops(archive.read(pickles[0])))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read: not a file of torch.save: {error}") from error
+    for opcode, argument, _ in operations:
+        called = str(argument) if opcode.name in ("GLOBAL", "INST") else opcode.name
+        if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") and not _HARMLESS.fullmatch(
+            called
+        ):
+            raise UserError(f"{path}: refused: its pickle would call {called}, and tensors need no such thing")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # what damaged bytes raise has no common type
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _config(path: Path, **settings: Any) -> GPTConfig:
+    """The settings that ``path`` has, checked.
+
+    Raises:
+        UserError: one that is out of its range, after the file's name.
+    """
+    for name, value in settings.items():
+        if isinstance(value, int) and value > LARGEST_SIZE:
+            raise UserError(f"{path}: {name} must be at most {LARGEST_SIZE}, got {value}")
+    try:
+        return GPTConfig(**settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _parameters(path: Path, config: GPTConfig, names: Collection[str]) -> dict[str, Tensor]:
+    """The parameters of a GPT of ``config``, without memory, after a look at how many blocks ``names`` are of."""
+    blocks = {match[1] for name in names if (match := re.search(r"(?:^|\.)h\.(\d+)\.", name))}
+    if len(blocks) != config.n_layer:
+        raise UserError(
+            f"{path}: n_layer must be {len(blocks)}, the blocks whose weights are there, got {config.n_layer}"
+        )
+    with torch.device("meta"):
+        return dict(GPT(config).named_parameters())
