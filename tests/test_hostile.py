@@ -39,7 +39,7 @@ STEP = "checkpoints/step-00000001"
 MODEL, TRAINING, STATE = (f"{STEP}/{name}" for name in FILES)
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__])
+PROCESSES.set_forkserver_preload(["fastgpt.train", "torch._dynamo"])
 
 
 class Bomb:
