@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgpt.checkpoint import load_model, read_config
-from fastgpt.config import GPTConfig, UserError
+from fastgpt.config import GPTConfig, UserError, field_types
 from fastgpt.extras import require
 from fastgpt.files import json_bytes, new_folder, read_json
 from fastgpt.model import GPT
@@ -36,7 +36,7 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 NANOGPT = "ckpt.pt"
 LARGEST_SIZE = 1 << 24  # of each setting that is a size: beyond it, their products would overflow
-LARGEST_PICKLE = 1 << 26  # bytes; the numbers lie beside it
+LARGEST_PICKLE = 1 << 22  # bytes; GPT-2 XL's has some 300 KB, for the numbers lie beside it
 
 # config.json's activation_function for each ``GPTConfig.gelu``; the first is the one that we write.
 _ACTIVATIONS = {"tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "none": ("gelu", "gelu_python")}
@@ -49,6 +49,7 @@ _FIXED = {
 }
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+_CALLS = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")  # a pickle's ways to name a function
 _HARMLESS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage")
 
 
@@ -76,6 +77,8 @@ def load_pretrained(source: str | Path, **settings: Any) -> GPT:
     """
     found = _find(source, "dropout" in settings)
     for name, value in settings.items():
+        if name not in field_types(GPTConfig):
+            raise UserError(f"there is no setting {name!r}: the settings are {', '.join(field_types(GPTConfig))}")
         own = getattr(found.config, name)
         if name not in FREE_SETTINGS and value != own:
             raise UserError(f"{name} must be {own}, as the weights of {source} have it, got {value}")
@@ -333,15 +336,16 @@ def _unpickle(path: Path) -> Any:
             packed = any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist())
             if packed or len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
                 raise zipfile.BadZipFile("it has not the parts of one")
-            operations = list(pickletools.genops(archive.read(pickles[0])))
+            calls = {
+                str(argument) if opcode.name in ("GLOBAL", "INST") else opcode.name
+                for opcode, argument, _ in pickletools.genops(archive.read(pickles[0]))
+                if opcode.name in _CALLS
+            }
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read: not a file of torch.save: {error}") from error
-    for opcode, argument, _ in operations:
-        called = str(argument) if opcode.name in ("GLOBAL", "INST") else opcode.name
-        if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4") and not _HARMLESS.fullmatch(
-            called
-        ):
-            raise UserError(f"{path}: refused: its pickle would call {called}, and tensors need no such thing")
+    for called in sorted(calls):
+        if not _HARMLESS.fullmatch(called):
+            raise UserError(f"{path}: refused: its pickle would call {called[:100]}, and tensors need no such thing")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # what damaged bytes raise has no common type

@@ -53,7 +53,8 @@ def test_the_vocabulary_is_padded_up_to_a_multiple():
 
 def test_presets_hold_the_published_settings():
     assert set(PRESETS) == {
-        "bigram", "shakespeare-cpu", "shakespeare", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
+        "bigram", "shakespeare-cpu", "shakespeare", "finetune-shakespeare",
+        "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
     }  # fmt: skip
     cpu, small, gpt2 = (PRESETS[name] for name in ("shakespeare-cpu", "shakespeare", "gpt2"))
     shape = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
@@ -67,6 +68,15 @@ def test_presets_hold_the_published_settings():
         (p.model.n_layer, p.model.n_head, p.model.n_embd) for name, p in PRESETS.items() if name.startswith("gpt2")
     ]
     assert sizes == [(12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)]
+    tuning = PRESETS["finetune-shakespeare"].train
+    assert tuning.batch_size * tuning.grad_accum * 1024 == 32_768
+    assert (tuning.init, tuning.max_iters, tuning.lr, tuning.min_lr, tuning.warmup_iters) == (
+        "gpt2-xl",
+        20,
+        3e-5,
+        3e-5,
+        0,
+    )
     bigram = PRESETS["bigram"]
     assert isinstance(bigram.model, BigramConfig)
     assert (bigram.model.block_size, bigram.train.batch_size, bigram.train.lr) == (8, 32, 1e-2)

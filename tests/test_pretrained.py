@@ -176,6 +176,7 @@ class TestHuggingFace:
             ({"dropout": 0, "block_size": 49}, "block_size must be at most 48"),
             ({"dropout": 0, "n_layer": 3}, "n_layer must be 2, as the weights of .* have it, got 3"),
             ({"dropout": 0, "gelu": "none"}, "gelu must be tanh"),
+            ({"dropout": 0, "droput": 1}, "there is no setting 'droput'"),
         ):
             with pytest.raises(UserError, match=sentence):
                 GPT.from_pretrained(tmp_path, **settings)

@@ -72,9 +72,9 @@ def unapply(model: Model) -> Model:
 
     any_model: Any = model
     any_model.set_attn_implementation(getattr(model, _BEFORE))
-    for module in any_model.modules():
+    for module in model.modules():
         if type(module) is _LayerNorm:
-            module.__class__ = nn.LayerNorm
+            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
     for block in any_model.base_model.h:
         block.mlp.act = ACT2FN[any_model.config.activation_function]
     if hasattr(model, "_loss_function"):
