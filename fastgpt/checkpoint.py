@@ -269,7 +269,8 @@ def _delete_but(folder: Path, kept: set[str]) -> None:
         if path != passing:
             shutil.rmtree(passing, ignore_errors=True)
             path.rename(passing)  # half deleted, it must not look whole
-        shutil.rmtree(passing)
+        if passing.exists():  # else it went with the one of its name
+            shutil.rmtree(passing)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ import fastgpt
 from fastgpt import dispatch, distributed
 from fastgpt.benchmarks.compare import THRESHOLD, compare
 from fastgpt.benchmarks.result import load
-from fastgpt.checkpoint import CHECKPOINTS, find_checkpoint, load_model, read_config
+from fastgpt.checkpoint import find_checkpoint, load_model, read_config
 from fastgpt.config import (
     MODEL_CONFIGS,
     PRESETS,
@@ -42,7 +42,7 @@ from fastgpt.metrics import Axis, plot_losses
 from fastgpt.model import GPT
 from fastgpt.perplexity import text_loss
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
-from fastgpt.pretrained import FREE_SETTINGS, export_hf, load_pretrained
+from fastgpt.pretrained import export_hf, load_pretrained
 from fastgpt.shards import SPLITS, Shard
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import Trainer, evaluation_batches, mean_loss
@@ -151,11 +151,11 @@ def _train(
     model_config, train_config = _override(model_config, train_config, given)
     run = Path(world.same(str(out or Path("runs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")))
     init = None
-    if train_config.init and not (resume and (run / CHECKPOINTS).exists()):
+    if train_config.init and not resume:
         if not isinstance(model_config, GPTConfig):
             raise UserError(f"--init needs the preset of a GPT, which {preset} is not")
-        named = FREE_SETTINGS if resume else field_types(GPTConfig).keys() & given.keys()
-        init = load_pretrained(train_config.init, **{name: getattr(model_config, name) for name in {"dropout", *named}})
+        own = {name: given[name] for name in field_types(GPTConfig).keys() & given.keys()}
+        init = load_pretrained(train_config.init, **{"dropout": model_config.dropout, **own})
         model_config = init.config
 
     console = Console(soft_wrap=True, highlight=False, quiet=not world.is_main)

@@ -99,7 +99,6 @@ class Trainer:
             raise UserError("recompute is for the blocks of a GPT, and this model has none")
         if config.tensorboard:
             check_tensorboard()
-        begun = config
         tokenizer: Tokenizer | str = config.tokenizer
         if resume:
             _, begun, tokenizer = read_config(run)
@@ -121,12 +120,14 @@ class Trainer:
             folder, self.state = open_checkpoint(run, checkpoint)
             if self.state.step >= config.max_iters:
                 raise UserError(f"{run}: this run is at step {self.state.step} already: --max-iters gives it more")
-        if folder:
-            self.model = restore_model(model_config, folder)
+        elif resume and config.init:
+            raise UserError(
+                f"{run}: this run was killed before its first checkpoint: begin it anew, with --init {config.init}"
+            )
         elif config.init and init is None:
             raise UserError(f"the settings name weights to start from ({config.init}), so Trainer needs them as init")
-        else:
-            self.model = init.train() if init else build_model(model_config)
+        self.model = restore_model(model_config, folder) if folder else init or build_model(model_config)
+        self.model.train()
         left = config.max_iters - self.state.step
         if config.profile and left < LAST:
             raise UserError(

@@ -90,6 +90,15 @@ def test_the_last_ones_are_kept_beside_the_best(run, keep, kept):
         find_checkpoint(run, "../x")
 
 
+def test_what_a_kill_left_of_a_checkpoint_goes_with_it(run):
+    for step in (1, 2):
+        save(run, step, best=True, keep=2)
+    for name in ("step-00000001", "step-00000002", "step-00000007"):
+        (run / "checkpoints" / f".new-{name}").mkdir()
+    save(run, 3, best=True)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+
+
 def test_the_sums_are_those_that_sha256sum_checks(run):
     save(run, 1)
     if shutil.which("sha256sum") is None:

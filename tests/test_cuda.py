@@ -19,8 +19,10 @@ from torch import Tensor
 
 from fastgpt import GPT, GPTConfig, ops, use_backend
 from fastgpt.benchmarks.small_calls import small_calls
+from fastgpt.checkpoint import CheckpointWriter, RunState, find_checkpoint
 from fastgpt.config import TrainConfig
 from fastgpt.optim import build_optimizer, gradients
+from fastgpt.tensor_files import read_tensors
 from fastgpt.train import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -221,6 +223,7 @@ def test_products_of_fp32_are_exact_unless_pytorch_may_round_them(
 FIRST_LAUNCHES = """
 import warnings, torch
 from fastgpt.benchmarks.small_calls import small_calls
+from fastgpt.checkpoint import CheckpointWriter, RunState, find_checkpoint
 calls = small_calls("cuda")
 x = torch.ones(64, 64, device="cuda", requires_grad=True)
 (x @ x).sum().backward()  # what PyTorch itself may warn of when it starts
@@ -244,6 +247,7 @@ ANOTHER_BATCH_SIZE = """
 import json, torch
 from triton import knobs
 from fastgpt.benchmarks.small_calls import small_calls
+from fastgpt.checkpoint import CheckpointWriter, RunState, find_checkpoint
 names = []
 knobs.runtime.jit_post_compile_hook = lambda **about: names.append(about["fn"].name)
 found = {}
@@ -264,3 +268,18 @@ def test_another_batch_size_compiles_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", ANOTHER_BATCH_SIZE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == {name: [True, []] for name in NAMES}
+
+
+def test_a_checkpoint_is_of_its_moment_for_the_next_update_waits_for_its_copies(tmp_path):
+    model = GPT(GPTConfig(block_size=33, vocab_size=65, n_layer=4, n_head=12, n_embd=768)).to(DEVICE)
+    step = Step(model, "torch")
+    step()
+    wanted = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    with CheckpointWriter(tmp_path, keep=1) as writer:
+        writer.save(RunState(step=1), model, step.optimizer, best=True)
+        writer.before_update()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+    found = read_tensors(find_checkpoint(tmp_path) / "model.safetensors", wanted)
+    assert all(torch.equal(found[name], p) for name, p in wanted.items())

@@ -24,8 +24,16 @@ LAYERS = (
     ("triton_kernels", "extension"),
     # Below everything: they know nothing of models or ops.
     (
-        *("config", "extras", "tokenizer", "files", "shards", "tensor_files", "kernel_ops"),
-        *("devices", "cuda_graph", "profiling"),
+        "config",
+        "extras",
+        "tokenizer",
+        "files",
+        "shards",
+        "tensor_files",
+        "kernel_ops",
+        "devices",
+        "cuda_graph",
+        "profiling",
     ),
 )
 FACADE = "fastgpt"  # fastgpt/__init__.py: the public names

@@ -19,7 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgpt import GPTConfig, checkpoint
+from fastgpt import GPT, GPTConfig, checkpoint
 from fastgpt import train as training
 from fastgpt.checkpoint import checkpoint_names, find_checkpoint, load_model, open_checkpoint, read_config
 from fastgpt.config import TrainConfig, TrainingError, UserError
@@ -202,6 +202,14 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_beginning(tmp
     trainer(tmp_path / "killed").run_until_done()
     trainer(tmp_path / "whole").run_until_done()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_a_run_from_given_weights_that_wrote_no_checkpoint_is_not_begun_from_others(tmp_path):
+    config = dataclasses.replace(CONFIG, data=str(tmp_path / "text.txt"), init="elsewhere", tokenizer="char")
+    weights = GPT(dataclasses.replace(MODEL, vocab_size=28))
+    Trainer(weights.config, config, tmp_path / "run", init=weights, console=Console(quiet=True))
+    with pytest.raises(UserError, match="killed before its first checkpoint: begin it anew, with --init elsewhere"):
+        trainer(tmp_path / "run")
 
 
 def test_a_run_may_go_back_to_an_earlier_checkpoint(tmp_path):
