@@ -127,7 +127,7 @@ class World:
         if self.size == 1 or is_sharded(model):
             return model
         ids = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,9 @@ class Trainer:
         with self.backend:
             backends = {row["backend"] or "nothing" for row in dispatch.explain(self.device.type, self.dtype)}
         train, val, vocab = len(self.dataset.train), len(self.dataset.val), self.dataset.tokenizer.vocab_size
+        kind = "GPT" if isinstance(self.model, GPT) else "Bigram"  # FSDP gives the class another name
         return (
-            f"{type(self.model).__name__} of {self.model.num_params():,} parameters on {device_name(self.device)}, "
+            f"{kind} of {self.model.num_params():,} parameters on {device_name(self.device)}, "
             f"{self._dtype_name}, ops on {' and '.join(sorted(backends))}, data {self.dataset.name}: "
             f"{train:,} tokens to train on, {val:,} to validate, vocabulary {vocab}"
         )

@@ -303,6 +303,7 @@ class TestSeveralProcesses:
         assert done.returncode != 0
         assert done.stderr.count(sentence) == 1
         assert done.stderr.count("fastgpt: ") == 1
+        assert "FutureWarning" not in done.stderr
 
     @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
     def test_a_signal_to_all_makes_one_checkpoint(self, tmp_path, text, parallel):
