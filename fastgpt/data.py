@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgpt.config import UserError
 from fastgpt.extras import require
 from fastgpt.files import json_bytes, new_folder, write_atomically
-from fastgpt.shards import Header, Piece, Shard, Shards, Split, is_prepared, read_shards, write_shards
+from fastgpt.shards import SHARD_CHARS, Header, Piece, Shard, Shards, Split, is_prepared, read_shards, write_shards
 from fastgpt.tokenizer import Tokenizer, make_tokenizer, read_tokenizer
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -79,7 +79,7 @@ def load_dataset(
     Raises:
         UserError: no text there, not UTF-8, too short, damaged, or not for ``tokenizer``.
     """
-    if tokenizer != "auto" and isinstance(tokenizer, str) and tokenizer.endswith(".json"):
+    if isinstance(tokenizer, str) and tokenizer.endswith(".json"):
         tokenizer = make_tokenizer(tokenizer, tuple)
     folder = Path(data).expanduser()
     if data and is_prepared(folder):
@@ -90,12 +90,11 @@ def load_dataset(
         folder, tokenizer = _tokenized(texts, name, tokenizer)
     header, own, splits = read_shards(folder)
     _require_tokenizer(tokenizer, name, header, own)
-    for part, split in (("training", "train"), ("validation", "val")):
-        length = len(splits[split])  # type: ignore[index]
-        if length <= block_size:
+    for part, tokens in (("training", splits["train"]), ("validation", splits["val"])):
+        if len(tokens) <= block_size:
             raise UserError(
-                f"{name}: too short: its {part} split has {length} tokens, and block_size {block_size} needs at least "
-                f"{block_size + 1}"
+                f"{name}: too short: its {part} split has {len(tokens)} tokens, and block_size {block_size} needs at "
+                f"least {block_size + 1}"
             )
     return Dataset(name, own, splits["train"], splits["val"])
 
@@ -120,11 +119,13 @@ def prepare(
     """
     pieces: Callable[[], Iterator[Piece]]
     if data in CORPORA:
-        pieces = partial(_corpus_pieces, data)
+        pieces, shard_chars = partial(_corpus_pieces, data), SHARD_CHARS
     else:
         data, texts = _local_texts(data, notify)
         data = data if data in NAMED_TEXTS else str(Path(data).expanduser().resolve())
         pieces = partial(_local_pieces, texts)
+        share = sum(text.num_bytes for text in texts) // 32  # enough for all processes to have some
+        shard_chars = min(max(share, PIECE_CHARS), SHARD_CHARS)
     return write_shards(
         out,
         pieces(),
@@ -132,6 +133,7 @@ def prepare(
         tokenizer_name=tokenizer,
         tokenizer=lambda: make_tokenizer(tokenizer, lambda: (piece.text for piece in pieces())),
         processes=processes,
+        shard_chars=shard_chars,
         report=report,
     )
 

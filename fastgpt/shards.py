@@ -34,7 +34,7 @@ from fastgpt.files import json_bytes, read_json, write_atomically
 from fastgpt.tokenizer import Tokenizer, read_tokenizer
 
 HEADER = "header.json"
-SHARD_CHARS = 1 << 26  # about 32 MB of GPT-2's tokens
+SHARD_CHARS = 1 << 27  # about 60 MB of GPT-2's tokens; each mapped shard holds a file open, and 1024 are often all
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 _SHARD_NAME = re.compile(r"(train|val)-\d{5}\.bin")
@@ -180,7 +180,7 @@ def _checked(folder: Path, shard: Shard, dtype: str, vocab_size: int) -> np.ndar
     path = folder / shard.file
     wrong = _difference(path, shard, dtype)
     if wrong is not None:
-        raise UserError(f"{path}: damaged: {wrong}: the same fastgpt prepare makes it again, or delete the folder")
+        raise UserError(f"{path}: damaged: {wrong}; delete the folder, or have the same fastgpt prepare mend it")
     tokens = _map(path, dtype)
     if int(tokens.max()) >= vocab_size:
         raise UserError(f"{path}: damaged: it holds token {tokens.max()}, and the tokenizer has {vocab_size}")
@@ -232,7 +232,7 @@ def write_shards(
         tokenizer: makes it; called once in the folder's life.
         processes: that tokenize; 1 is this one.
         shard_chars: characters of text in a shard, about.
-        report: is told of each shard that is there, in order.
+        report: is told of each shard once it is there.
     Raises:
         UserError: ``folder`` holds something else or was begun with other arguments, or the text is not the one it was.
     """
@@ -282,7 +282,10 @@ def _begin(
         header = read_header(folder)
         before = (header.data, header.tokenizer_name, header.shard_chars)
         if before != (data, tokenizer_name, shard_chars):
-            raise UserError(f"{folder}: holds {before[0]} by tokenizer {before[1]} already: choose another folder")
+            raise UserError(
+                f"{folder}: holds {before[0]} by tokenizer {before[1]} in shards of {before[2]:,} characters, not "
+                f"{data} by {tokenizer_name} in shards of {shard_chars:,}: choose another folder"
+            )
         return header, _tokenizer_of(folder, header)
     tokenizer = make_tokenizer()
     content = _tokenizer_bytes(tokenizer)

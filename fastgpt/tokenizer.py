@@ -23,7 +23,7 @@ from fastgpt.extras import require
 from fastgpt.files import read_json
 
 DEFAULT_SIZE = 4096  # of a vocabulary that is trained
-TRAINING_CHARS = 1 << 25  # how much of a text a tokenizer is trained on
+TRAINING_CHARS = 1 << 24  # how much of a text a tokenizer is trained on
 END_OF_TEXT = "<|endoftext|>"
 
 

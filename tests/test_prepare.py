@@ -61,8 +61,8 @@ def contents(folder):
 
 def test_the_bytes_are_the_same_from_several_processes(tmp_path):
     write(tmp_path / "one")
-    write(tmp_path / "three", processes=3)
-    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    write(tmp_path / "two", processes=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
     header, tokenizer, splits = read_shards(tmp_path / "one")
     assert len(header.shards) > 5
     assert sum(shard.documents for shard in header.shards) == sum(piece.ends for piece in pieces())
@@ -109,7 +109,7 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path):
         path.unlink()
         if damage is not None:
             path.write_bytes(damage)
-        with pytest.raises(UserError, match=r"train-00002\.bin: damaged: .* makes it again"):
+        with pytest.raises(UserError, match=r"train-00002\.bin: damaged: .* the same fastgpt prepare mend it"):
             read_shards(tmp_path / "x")
         write(tmp_path / "x")
         assert contents(tmp_path / "x") == good
@@ -159,7 +159,9 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
 def test_another_folder_text_or_tokenizer_is_refused(tmp_path):
     write(tmp_path / "x")
     good = contents(tmp_path / "x")
-    with pytest.raises(UserError, match="holds some text by tokenizer byte already"):
+    with pytest.raises(
+        UserError, match=r"holds some text by tokenizer byte in shards of 1,000 .* not some text by char"
+    ):
         write(tmp_path / "x", name="char")
     with pytest.raises(UserError, match="the text of some text is not the one"):
         write(tmp_path / "x", lambda: (piece._replace(text=piece.text.replace("q", "k")) for piece in pieces()))

@@ -22,7 +22,10 @@ from fastgpt.tokenizer import (
 )
 
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 20
-ODD = "  two  spaces\t\ttabs\r\n\n\nhéllo wörld \U0001f600\U0001f468\u200d\U0001f469 \u2581a\u2581\u2581 \x00 e\u0301 <|endoftext|> </s>"
+ODD = (
+    "  two  spaces\t\ttabs\r\n\n\nhéllo wörld \U0001f600\U0001f468\u200d\U0001f469 \u2581a\u2581\u2581 \x00 e\u0301 "
+    "<|endoftext|> </s>"
+)
 
 
 @pytest.fixture
