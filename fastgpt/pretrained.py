@@ -36,7 +36,7 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 NANOGPT = "ckpt.pt"
 LARGEST_SIZE = 1 << 24  # of each setting that is a size: beyond it, their products would overflow
-LARGEST_PICKLE = 1 << 22  # bytes; GPT-2 XL's has some 300 KB, for the numbers lie beside it
+LARGEST_PICKLE = 1 << 22  # bytes; a few hundred a tensor, whose numbers lie beside it
 
 # config.json's activation_function for each ``GPTConfig.gelu``; the first is the one that we write.
 _ACTIVATIONS = {"tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "none": ("gelu", "gelu_python")}
@@ -341,7 +341,7 @@ def _unpickle(path: Path) -> Any:
                 for opcode, argument, _ in pickletools.genops(archive.read(pickles[0]))
                 if opcode.name in _CALLS
             }
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: one that is encrypted
         raise UserError(f"{path}: cannot be read: not a file of torch.save: {error}") from error
     for called in sorted(calls):
         if not _HARMLESS.fullmatch(called):

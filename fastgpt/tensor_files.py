@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgpt.config import UserError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LARGEST_HEADER = 1 << 24  # bytes; GPT-2 XL's has 70 KB, and safetensors would parse 100 MB into several times that
+LARGEST_HEADER = 1 << 24  # bytes; a tensor's entry has about 100, and safetensors would take 100 MB of them
 
 
 def tensor_names(path: Path) -> set[str]:
