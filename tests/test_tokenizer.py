@@ -2,10 +2,12 @@
 
 import base64
 import importlib.util
+import io
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 import tiktoken
 
 from fastgpt import tokenizer as tokenizers
@@ -195,6 +197,19 @@ def test_a_damaged_sentencepiece_is_one_sentence(trained):
     for wrong in (None, 3, "no base64!", ["a"]):
         with pytest.raises(UserError, match="BASE64"):
             Tokenizer.from_json({"type": "sentencepiece", "model": wrong})
+
+
+def test_a_sentencepiece_that_cannot_say_every_byte_is_refused():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match="a piece for each of the 256 bytes"):
+        SentencePieceTokenizer(model.getvalue())
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"type": "pickle"}', '{"type": ["char"]}', "{", '{"type": "char"}'])
