@@ -265,6 +265,15 @@ def test_a_repetition_penalty_weighs_what_a_sequence_has():
         Fixed([4.0, 3.0, 1.4, -1.0]), torch.tensor([[2, 2], [0, 1]]), 3, temperature=0, repetition_penalty=2
     )
     assert draws.tolist() == [[0, 1, 0], [0, 0, 0]]
+    draws = all_tokens(
+        Fixed([4.0, 3.0, 1.4, -1.0]),
+        torch.tensor([[2, 0], [0, 1]]),
+        3,
+        lengths=[1, 2],
+        temperature=0,
+        repetition_penalty=2,
+    )
+    assert draws.tolist() == [[0, 1, 0], [0, 0, 0]]  # what pads a row is not its own
     draws = all_tokens(Fixed([-1.0, -1.5, -9.0]), torch.tensor([[0]]), 3, temperature=0, repetition_penalty=2)
     assert draws.tolist() == [[1, 0, 0]]
 
