@@ -20,8 +20,6 @@ from fastgpt import dispatch, ops
 from fastgpt.config import BigramConfig, GPTConfig
 from fastgpt.ops.seed import seed_for
 
-_PIECES = 16  # of a weight, in ``linear``: enough for the threads of most processors
-
 
 class KVCache:
     """The keys and values of the tokens that a GPT has read, so that each further token is read alone.
@@ -68,27 +66,6 @@ class KVCache:
         return k, v
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` that reads its weight on all threads for a single row, too, as decoding on a CPU has it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``. A single row in fp32 on a CPU is multiplied piece by piece of the weight, (N, K).
-
-    Such a product is as fast as the weight is read. BLAS reads it on one thread; the pieces, as a batch, are shared.
-    """
-    K, N = x.shape[-1], weight.shape[0]
-    single = x.numel() == K and x.dtype == torch.float32 and x.device.type == "cpu" and N % _PIECES == 0
-    if not single or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    pieces = weight.unflatten(0, (_PIECES, -1)).mT  # (_PIECES, K, N / _PIECES)
-    y = torch.bmm(x.reshape(1, 1, K).expand(_PIECES, 1, K), pieces).view(*x.shape[:-1], N)
-    return y if bias is None else y + bias
-
-
 class LayerNorm(nn.Module):
     """Layer norm with an optional bias, and with the residual addition before it where there is one."""
 
@@ -110,8 +87,8 @@ class LayerNorm(nn.Module):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.fused = config.attention == "fused"
@@ -139,12 +116,12 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.approximate = config.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = linear(x, self.c_fc.weight)  # (B, T, 4C); the bias is added where GELU reads it anyway
+        x = F.linear(x, self.c_fc.weight)  # (B, T, 4C); the bias is added where GELU reads it anyway
         x = ops.gelu(x, self.c_fc.bias, approximate=self.approximate)  # (B, T, 4C)
         return self.c_proj(x)  # (B, T, C)
 
@@ -233,7 +210,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         for name, parameter in self.named_parameters():

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fastgpt import GPT, Bigram, GPTConfig, dispatch, ops, use_backend
-from fastgpt import model as models
 from fastgpt.benchmarks.plain import PlainGPT
 from fastgpt.config import PRESETS, BigramConfig
 
@@ -200,18 +199,3 @@ def test_bigram_is_a_table():
     torch.testing.assert_close(model(x, y)[1], wanted)
     assert model.num_params() == 169
     assert model(x, last_only=True)[0].shape == (2, 1, 13)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 24), (1, 24), (24,), (2, 1, 24)])
-def test_a_single_row_is_multiplied_as_any_other(bias, shape):
-    x = torch.randn(shape, requires_grad=True)
-    for n in (32, 33):
-        layer = models.Linear(24, n, bias=bias)
-        wanted = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
-        torch.testing.assert_close(layer(x), wanted.float())
-        of = [x, *layer.parameters()]
-        for got, want in zip(*(torch.autograd.grad(y.square().sum(), of) for y in (layer(x), wanted)), strict=True):
-            torch.testing.assert_close(got, want)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
