@@ -48,7 +48,7 @@ bench: $(VENV)/built
 	mkdir -p $(OUT)
 	-$(BIN)/fastgpt bench kernels --device cpu --size small --dtype fp32 --limit 150 --out $(OUT)/kernels.json
 	-$(BIN)/fastgpt bench scaling --device cpu --model shakespeare-cpu --model small --mode eager --dtype fp32 \
-	    --sweep shakespeare-cpu --block-size 0 --batch-size 1 --batch-size 4 --tokens 768 --rounds 7 --limit 75 \
+	    --sweep shakespeare-cpu --block-size 0 --batch-size 1 --tokens 768 --rounds 7 --limit 75 \
 	    --out $(OUT)/scaling.json
 	-$(BIN)/fastgpt bench generate --device cpu --model shakespeare-cpu --rounds 7 --limit 45 --out $(OUT)/generate.json
 	$(BIN)/fastgpt bench report $(OUT)/kernels.json $(OUT)/scaling.json $(OUT)/generate.json --out $(OUT)/report.html

@@ -36,7 +36,7 @@ from fastgpt.placement import DTYPES
 
 DEFAULT_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "fp32", "fp16")}
 _SAMPLE_SECONDS = {"tiny": 0.0, "small": 0.005, "full": SAMPLE_SECONDS}
-DEFAULT_SECONDS = {"tiny": 0.0, "small": 0.5, "full": 4.0}
+DEFAULT_SECONDS = {"tiny": 0.0, "small": 2.0, "full": 4.0}
 
 
 @dataclasses.dataclass(frozen=True)
