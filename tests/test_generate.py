@@ -322,8 +322,8 @@ class Words(CharTokenizer):
     def encode(self, text):
         return torch.tensor([int(digit) for digit in text]).numpy()
 
-    def decode(self, ids):
-        return "".join(self.WORDS[i] for i in ids)
+    def to_bytes(self, ids):
+        return "".join(self.WORDS[i] for i in ids).encode()
 
 
 class Counting(Fixed):

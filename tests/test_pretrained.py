@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.checkpoint import RunState, read_config, save_checkpoint, write_config
+from fastgpt.checkpoint import RunState, Snapshot, read_config, write_checkpoint, write_config
 from fastgpt.config import BigramConfig, TrainConfig, UserError
 from fastgpt.generate import generate
 from fastgpt.model import Bigram
@@ -469,7 +469,7 @@ def write_run(run: Path, model, tokenizer=None) -> Path:
     idx = tokens(model) if isinstance(model, GPT) else torch.zeros(1, 1, dtype=torch.int64)
     model(idx, idx)[1].backward()
     optimizer.step()
-    save_checkpoint(run, RunState(step=1), model, optimizer, best=True)
+    write_checkpoint(run, Snapshot.take(RunState(step=1), model, optimizer), best=True, keep=1)
     return run
 
 
