@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 
 from fastgpt import GPT, GPTConfig, distributed, use_backend
+from fastgpt import train as training
 from fastgpt.checkpoint import find_checkpoint, load_model
 from fastgpt.config import TrainConfig, UserError
 from fastgpt.distributed import World
 from fastgpt.metrics import read_metrics
 from fastgpt.optim import build_optimizer, gradients
+from fastgpt.train import Trainer
 
 MODEL = GPTConfig(block_size=6, vocab_size=27, n_layer=2, n_head=2, n_embd=32)  # four shares of 6 rows: one is empty
 
@@ -67,6 +69,18 @@ def test_seeds_differ_by_process_and_step_and_come_back():
     torch.manual_seed(0)
     World().seed(7, 0)  # a process alone keeps its own
     assert torch.equal(torch.rand(1), wanted)
+
+
+@pytest.mark.parametrize(("rank", "local_rank"), [(0, 0), (1, 1), (8, 0), (9, 1)])
+def test_one_process_of_a_machine_verifies_the_data(tmp_path, monkeypatch, rank, local_rank):
+    def load(*args, verify):
+        raise UserError(f"verify is {verify}")
+
+    monkeypatch.setattr(World, "any", lambda self, flag: flag)
+    monkeypatch.setattr(distributed, "_world", World(rank, 16, local_rank))
+    monkeypatch.setattr(training, "load_dataset", load)
+    with pytest.raises(UserError, match=f"verify is {local_rank == 0}"):
+        Trainer(MODEL, TrainConfig(device="cpu", batch_size=16), tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
