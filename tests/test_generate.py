@@ -15,7 +15,7 @@ from fastgpt.model import KVCache
 from fastgpt.tokenizer import CharTokenizer
 
 FULL = pytest.mark.full
-BACKENDS = ["reference", "torch", "cpp", "auto", pytest.param("triton", marks=FULL), pytest.param("cuda", marks=FULL)]
+BACKENDS = ["reference", "torch", "cpp", *(pytest.param(name, marks=FULL) for name in ("auto", "triton", "cuda"))]
 
 
 def model():
@@ -312,6 +312,11 @@ def test_a_text_stops_at_the_same_place_however_it_is_cut():
         assert until.stopped == (stopped_at(text, stops) != text)
         stopped += until.stopped
     assert 500 < stopped < 1500
+
+
+def test_of_two_stop_strings_the_one_that_ends_first_counts():
+    assert UntilStop(["aba", "b"]).feed("aba") == "a"
+    assert UntilStop(["b", "ab"]).feed("aba") == ""
 
 
 class Words(CharTokenizer):

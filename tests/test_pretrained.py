@@ -499,6 +499,7 @@ class TestCommand:
     @pytest.fixture
     def text(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("fastgpt.train.plot_losses", lambda *_: None)
         path = tmp_path / "text.txt"
         path.write_text("abcdefghij" * 100)
         return path

@@ -142,7 +142,7 @@ class At:
         self.function(self.argument, t)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("reference", marks=pytest.mark.full)])
 def test_a_run_killed_at_step_23_and_resumed_leaves_the_same_bytes(tmp_path, backend):
     assert exit_code(start(tmp_path / "killed", At(die_at_step, 23), backend=backend)) == -signal.SIGKILL
     assert open_checkpoint(tmp_path / "killed")[1].step in (15, 16, 20)  # the last may not have been whole yet
