@@ -67,7 +67,12 @@ def cache_dir() -> Path:
 
 
 def load_dataset(
-    data: str, block_size: int, tokenizer: Tokenizer | str = "auto", notify: Callable[[str], None] = print
+    data: str,
+    block_size: int,
+    tokenizer: Tokenizer | str = "auto",
+    notify: Callable[[str], None] = print,
+    *,
+    verify: bool = True,
 ) -> Dataset:
     """Map a folder of `fastgpt prepare`; or find the text, tokenize it into the cache folder, and map that.
 
@@ -76,6 +81,7 @@ def load_dataset(
         block_size: context length, in tokens, that both splits must have room for.
         tokenizer: of an earlier run, or as in ``make_tokenizer``; "auto" is the prepared folder's own, else "char".
         notify: gets one line if Tiny Shakespeare cannot be had and the standard library stands in.
+        verify: as in ``read_shards``.
     Raises:
         UserError: no text there, not UTF-8, too short, damaged, or not for ``tokenizer``.
     """
@@ -88,7 +94,7 @@ def load_dataset(
         name, texts = _local_texts(data, notify)
         tokenizer = "char" if tokenizer == "auto" else tokenizer
         folder, tokenizer = _tokenized(texts, name, tokenizer)
-    header, own, splits = read_shards(folder)
+    header, own, splits = read_shards(folder, verify)
     _require_tokenizer(tokenizer, name, header, own)
     for part, tokens in (("training", splits["train"]), ("validation", splits["val"])):
         if len(tokens) <= block_size:

@@ -98,11 +98,15 @@ class World:
         return texts[0]
 
     @contextlib.contextmanager
-    def local_first(self) -> Iterator[None]:
-        """The first process of each machine goes through the block before the others, which find what it left there."""
+    def local_first(self) -> Iterator[bool]:
+        """The first process of each machine goes through the block before the others, which find what it left there.
+
+        Yields:
+            Whether this is the first.
+        """
         if self.local_rank:
             self.any(False)
-        yield
+        yield not self.local_rank
         if not self.local_rank:
             self.any(False)
 

@@ -101,9 +101,11 @@ def is_prepared(folder: Path) -> bool:
     return (folder / HEADER).is_file()
 
 
-def read_shards(folder: Path) -> tuple[Header, Tokenizer, dict[Split, np.ndarray | Shards]]:
-    """A folder that ``write_shards`` has written, each shard read once and held to its sha256, and then mapped.
+def read_shards(folder: Path, verify: bool = True) -> tuple[Header, Tokenizer, dict[Split, np.ndarray | Shards]]:
+    """A folder that ``write_shards`` has written, its shards mapped.
 
+    Args:
+        verify: read each shard once and hold it to its sha256; False where another process has just done so.
     Raises:
         UserError: no such folder, one that is not complete, or a damaged file, by name.
     """
@@ -111,11 +113,12 @@ def read_shards(folder: Path) -> tuple[Header, Tokenizer, dict[Split, np.ndarray
     if not header.complete:
         raise UserError(f"{folder}: not prepared to its end: give the same fastgpt prepare once more, and it goes on")
     tokenizer = _tokenizer_of(folder, header)
-    with ThreadPoolExecutor() as pool:
-        maps = list(pool.map(lambda shard: _checked(folder, shard, header.dtype, tokenizer.vocab_size), header.shards))
+    if verify:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda shard: _verify(folder, shard, header.dtype, tokenizer.vocab_size), header.shards))
     splits: dict[Split, np.ndarray | Shards] = {}
     for split in SPLITS:
-        parts = [tokens for shard, tokens in zip(header.shards, maps, strict=True) if shard.file.startswith(split)]
+        parts = [_map(folder / shard.file, header.dtype) for shard in header.shards if shard.file.startswith(split)]
         splits[split] = Shards(parts) if len(parts) > 1 else parts[0] if parts else np.empty(0, header.dtype)
     return header, tokenizer, splits
 
@@ -176,15 +179,14 @@ def _dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _checked(folder: Path, shard: Shard, dtype: str, vocab_size: int) -> np.ndarray:
+def _verify(folder: Path, shard: Shard, dtype: str, vocab_size: int) -> None:
     path = folder / shard.file
     wrong = _difference(path, shard, dtype)
     if wrong is not None:
         raise UserError(f"{path}: damaged: {wrong}; delete the folder, or have the same fastgpt prepare mend it")
-    tokens = _map(path, dtype)
-    if int(tokens.max()) >= vocab_size:
-        raise UserError(f"{path}: damaged: it holds token {tokens.max()}, and the tokenizer has {vocab_size}")
-    return tokens
+    largest = int(_map(path, dtype).max())
+    if largest >= vocab_size:
+        raise UserError(f"{path}: damaged: it holds token {largest}, and the tokenizer has {vocab_size}")
 
 
 def _difference(path: Path, shard: Shard, dtype: str) -> str | None:

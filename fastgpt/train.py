@@ -104,8 +104,8 @@ class Trainer:
             _, begun, tokenizer = read_config(run)
         elif config.init and tokenizer == "auto":
             tokenizer = tokenizer_of(config.init) or "auto"
-        with self.world.local_first():
-            self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, notify=self._warn)
+        with self.world.local_first() as first:
+            self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, self._warn, verify=first)
         found = self.dataset.name  # a path is kept as one that holds from any folder
         found = found if found in NAMED_TEXTS else str(Path(found).expanduser().resolve())
         self.config = config = replace(config, data=found)

@@ -15,7 +15,7 @@ from fastgpt.model import KVCache
 from fastgpt.tokenizer import CharTokenizer
 
 FULL = pytest.mark.full
-BACKENDS = ["reference", "torch", "cpp", "auto", pytest.param("triton", marks=FULL), pytest.param("cuda", marks=FULL)]
+BACKENDS = ["reference", "torch", "cpp", *(pytest.param(name, marks=FULL) for name in ("auto", "triton", "cuda"))]
 
 
 def model():
@@ -314,6 +314,11 @@ def test_a_text_stops_at_the_same_place_however_it_is_cut():
     assert 500 < stopped < 1500
 
 
+def test_of_two_stop_strings_the_one_that_ends_first_counts():
+    assert UntilStop(["aba", "b"]).feed("aba") == "a"
+    assert UntilStop(["b", "ab"]).feed("aba") == ""
+
+
 class Words(CharTokenizer):
     """Tokens of several characters each; the prompts are digits."""
 
@@ -322,8 +327,8 @@ class Words(CharTokenizer):
     def encode(self, text):
         return torch.tensor([int(digit) for digit in text]).numpy()
 
-    def decode(self, ids):
-        return "".join(self.WORDS[i] for i in ids)
+    def to_bytes(self, ids):
+        return "".join(self.WORDS[i] for i in ids).encode()
 
 
 class Counting(Fixed):

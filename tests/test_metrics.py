@@ -31,6 +31,7 @@ TOKENS = 2 * 16  # of a step
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     """Trains and returns the trainer, whose console is a text."""
     monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fastgpt.train.plot_losses", lambda *_: None)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 30)
 
     def run(name: str, **changes: Any) -> Trainer:

@@ -111,6 +111,8 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path):
             path.write_bytes(damage)
         with pytest.raises(UserError, match=r"train-00002\.bin: damaged: .* the same fastgpt prepare mend it"):
             read_shards(tmp_path / "x")
+        if damage is not None and len(damage) == len(good[path.name]):
+            load_dataset(str(tmp_path / "x"), 8, verify=False)  # another process has done so
         write(tmp_path / "x")
         assert contents(tmp_path / "x") == good
 

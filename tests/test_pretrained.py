@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import zipfile
@@ -21,7 +22,7 @@ from fastgpt.config import BigramConfig, TrainConfig, UserError
 from fastgpt.generate import generate
 from fastgpt.model import Bigram
 from fastgpt.optim import build_optimizer
-from fastgpt.pretrained import export_hf, load_pretrained, tokenizer_of
+from fastgpt.pretrained import LARGEST_PICKLE, export_hf, load_pretrained, tokenizer_of
 from fastgpt.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer
 
 SIZES = {
@@ -452,14 +453,35 @@ class TestNanoGPT:
             with pytest.raises(UserError, match=r"ckpt\.pt: cannot be read"):
                 load_pretrained(path)
 
-    def test_a_zip_that_would_grow_is_refused(self, tmp_path):
-        path, packed = tmp_path / "ckpt.pt", tmp_path / "packed.pt"
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda info, content: setattr(info, "compress_type", zipfile.ZIP_DEFLATED),
+            lambda info, content: content.extend(bytes(LARGEST_PICKLE)),
+        ],
+        ids=["packed", "long"],
+    )
+    def test_a_zip_that_takes_much_memory_is_refused(self, tmp_path, change):
+        path, changed = tmp_path / "ckpt.pt", tmp_path / "changed.pt"
         torch.save(nanogpt_checkpoint(ours(gelu="none")), path)
-        with zipfile.ZipFile(path) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as small:
-            for name in plain.namelist():
-                small.writestr(name, plain.read(name))
-        with pytest.raises(UserError, match=r"packed\.pt: cannot be read: not a file of torch.save"):
-            load_pretrained(packed)
+        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(changed, "w") as other:
+            for info in whole.infolist():
+                content = bytearray(whole.read(info))
+                if info.filename.endswith("/data.pkl"):
+                    change(info, content)
+                other.writestr(info, bytes(content))
+        with pytest.raises(UserError, match=r"changed\.pt: .*not a file of torch\.save: it has not the parts of one"):
+            load_pretrained(changed)
+
+    def test_an_encrypted_zip_is_refused(self, tmp_path):
+        path = tmp_path / "ckpt.pt"
+        torch.save(nanogpt_checkpoint(ours(gelu="none")), path)
+        content = bytearray(path.read_bytes())
+        for entry in re.finditer(b"PK\1\2", bytes(content)):  # of the archive's index; its flags lie 8 bytes on
+            content[entry.start() + 8] |= 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"ckpt\.pt: cannot be read: not a file of torch\.save: .* is encrypted"):
+            load_pretrained(path)
 
 
 def write_run(run: Path, model, tokenizer=None) -> Path:
@@ -477,6 +499,7 @@ class TestCommand:
     @pytest.fixture
     def text(self, tmp_path, monkeypatch):
         monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("fastgpt.train.plot_losses", lambda *_: None)
         path = tmp_path / "text.txt"
         path.write_text("abcdefghij" * 100)
         return path

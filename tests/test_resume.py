@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from fastgpt import GPT, GPTConfig, checkpoint
 from fastgpt import train as training
 from fastgpt.checkpoint import checkpoint_names, find_checkpoint, load_model, open_checkpoint, read_config
 from fastgpt.config import TrainConfig, TrainingError, UserError
+from fastgpt.data import prepare
 from fastgpt.metrics import read_metrics
 from fastgpt.train import Trainer
 
@@ -57,9 +59,8 @@ def text(tmp_path, monkeypatch):
 def trainer(run: Path, checkpoint: str = "last", **changes: Any) -> Trainer:
     """Of a new run, or of the one in the folder."""
     resume = (run / "config.json").exists()
-    config = dataclasses.replace(
-        read_config(run)[1] if resume else CONFIG, data=str(run.parent / "text.txt"), **changes
-    )
+    before = read_config(run)[1] if resume else dataclasses.replace(CONFIG, data=str(run.parent / "text.txt"))
+    config = dataclasses.replace(before, **changes)
     model = read_config(run)[0] if resume else MODEL
     console = Console(file=(run.parent / "console.txt").open("a"), width=200)
     return Trainer(model, config, run, resume=resume, checkpoint=checkpoint, console=console)
@@ -141,7 +142,7 @@ class At:
         self.function(self.argument, t)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("reference", marks=pytest.mark.full)])
 def test_a_run_killed_at_step_23_and_resumed_leaves_the_same_bytes(tmp_path, backend):
     assert exit_code(start(tmp_path / "killed", At(die_at_step, 23), backend=backend)) == -signal.SIGKILL
     assert open_checkpoint(tmp_path / "killed")[1].step in (15, 16, 20)  # the last may not have been whole yet
@@ -202,6 +203,24 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_beginning(tmp
     trainer(tmp_path / "killed").run_until_done()
     trainer(tmp_path / "whole").run_until_done()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_a_run_on_a_prepared_folder_goes_on_with_its_tokens(tmp_path):
+    def prepared(tokenizer):
+        return prepare(str(tmp_path / "text.txt"), tokenizer, tmp_path / "tokens")
+
+    prepared("bpe:270")
+    settings = {"data": str(tmp_path / "tokens"), "max_iters": 10}
+    t = trainer(tmp_path / "halves", **settings)
+    t._step = before_each(t._step, lambda: setattr(t, "_stop", t.state.step == 4))
+    assert t.run_until_done() is False
+    trainer(tmp_path / "halves").run_until_done()
+    trainer(tmp_path / "whole", **settings).run_until_done()
+    assert outcome(tmp_path / "halves") == outcome(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "tokens")
+    prepared("byte")
+    with pytest.raises(UserError, match="tokens: prepared with tokenizer byte, which is not the run's"):
+        trainer(tmp_path / "halves", max_iters=12)
 
 
 def test_a_run_from_given_weights_that_wrote_no_checkpoint_is_not_begun_from_others(tmp_path):

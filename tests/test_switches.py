@@ -88,6 +88,7 @@ class GraphedOnCPU(Graphed):
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("fastgpt.train.Graphed", GraphedOnCPU)
+    monkeypatch.setattr("fastgpt.train.plot_losses", lambda *_: None)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 50)
 
     def make(name: str, model: ModelConfig = MODEL, **changes: Any) -> Trainer:
