@@ -209,7 +209,7 @@ def test_help_lists_every_field_with_its_type(succeed_here, monkeypatch):
     for config in (TrainConfig, GPTConfig, BigramConfig):
         for name, kind in field_types(config).items():
             flag = "--" + name.replace("_", "-")
-            line = next(line for line in text.splitlines() if re.search(rf"{flag}\s", line))
+            line = next(line for line in text.splitlines() if re.match(rf"[^\w-]*{flag}\s", line))
             if kind in (int, float, str, bool):
                 assert kind.__name__ in line.lower(), line
 
