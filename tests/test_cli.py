@@ -363,7 +363,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(home, fail_here, monkeypatch
 
 
 def test_too_large_a_model_is_one_line(home, here):
-    code, _, err = here("train", "--data=text.txt", "--out=run", "--n-embd=4000000000", "--n-head=1", "--device=cpu")
+    code, _, err = here("train", "--data=text.txt", "--out=run", "--n-embd=16000000", "--n-head=1", "--device=cpu")
     assert (code, err) == (1, "fastgpt: out of memory: the model or the batch is too large for this machine\n")
 
 
