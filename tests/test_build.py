@@ -256,6 +256,7 @@ def test_without_a_compiler_the_package_works_and_explains(tree: Tree) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_nvcc_builds_the_cuda_library_beside_the_other_or_alone(tree: Tree) -> None:
     succeeded(tree.build(FASTGPT_CUDA="auto", CUDA_HOME=str(tree.toolkit)))
     assert not (tree.folder / REPORT).exists()
@@ -328,6 +329,7 @@ def test_gpus_that_are_too_old_or_unknown_are_a_reason(tree: Tree, given: str) -
     assert re.match(UNREADABLE_LISTS[given], tree.reason("cuda") or "")
 
 
+@pytest.mark.full
 def test_an_nvcc_that_fails_leaves_the_other_library_alone(tree: Tree) -> None:
     (tree.folder / CUDA_LIBRARY).write_text("of an earlier build")
     cuda = {"FASTGPT_CUDA": "auto", "CUDA_HOME": str(tree.toolkit)}
@@ -479,6 +481,7 @@ def test_kernels_include_nothing_that_the_linker_could_share() -> None:
         assert system <= allowed | more, f"{path.name} includes {system}"
 
 
+@pytest.mark.full
 @needs_compiler
 def test_every_symbol_of_a_kernel_belongs_to_its_instruction_set(wheel: Path) -> None:
     """A function that two copies shared would run, in either, the instructions of one."""
