@@ -134,12 +134,17 @@ def generate_texts(
     Returns:
         After each token what is new of each text, "" where it has ended or might be about to.
     Raises:
-        UserError: as ``generate``; a prompt or stop string that is empty, a character that the vocabulary lacks.
+        UserError: as ``generate``; a prompt or stop string that is empty or not UTF-8, a character that the vocabulary
+            lacks.
     """
     if not all(prompts):
         raise UserError("a prompt must have at least one character")
     if not all(stop):
         raise UserError("a stop string must have at least one character")
+    try:
+        "".join((*prompts, *stop)).encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are no character
+        raise UserError("a prompt or stop string must be UTF-8") from error
     rows = [torch.from_numpy(tokenizer.encode(prompt)) for prompt in prompts]
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T)
     tokens = generate(model, idx, num_tokens, lengths=[len(row) for row in rows], **settings)

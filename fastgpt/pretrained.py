@@ -49,6 +49,7 @@ _FIXED = {
 }
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+_OTHER_MERGING = ("ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix")  # none is GPT-2's
 _CALLS = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")  # a pickle's ways to name a function
 _HARMLESS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch [A-Za-z0-9]+Storage")
 
@@ -291,12 +292,16 @@ def _read_hf_tokenizer(path: Path) -> Tokenizer | None:
         return None
     if words.get("type") != "ByteLevel" or words.get("add_prefix_space") or data.get("normalizer"):
         return None
+    if not words.get("use_regex", True) or any(map(model.get, _OTHER_MERGING)):
+        return None
     ids, merges = model.get("vocab"), model.get("merges")
     if not isinstance(ids, dict) or not isinstance(merges, list) or not isinstance(added, list):
         raise UserError(f"{path}: damaged: its model must have a vocab and merges, and the file added_tokens")
     ids = ids | {str(token.get("content")): token.get("id") for token in added if isinstance(token, dict)}
     if sorted(map(str, ids.values())) != sorted(map(str, range(len(ids)))):
         raise UserError(f"{path}: damaged: the tokens' ids must be the numbers from 0 on")
+    if any(not isinstance(token, dict) or token.get("content") != END_OF_TEXT for token in added):
+        return None  # text is looked through for such tokens before it is cut
     # Each merge is a list of two, or in older files their text.
     pairs = [" ".join(map(str, merge)) if isinstance(merge, list) else merge for merge in merges]
     try:

@@ -39,7 +39,8 @@ def read_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         {name: tensor} on the CPU, in the file's precision, every number finite; the file never sees a change to one.
     Raises:
         UserError: no such file, not a whole safetensors file, a tensor that is missing, of another shape or kind, or
-            one that holds a NaN or an infinity; shapes are looked at before numbers.
+            one that holds a NaN or an infinity, or tensors that are larger together than the file; shapes are looked at
+            before numbers.
     """
     file = _open(path)
     names = set(file.keys())
@@ -66,6 +67,9 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, 
             raise UserError(f"{path}: {name} must have shape {tuple(wanted.shape)}, got {tuple(found.shape)}")
         if found.dtype != wanted.dtype and not (found.dtype in FLOATS and wanted.dtype in FLOATS):
             raise UserError(f"{path}: {name} must be {wanted.dtype}, got {found.dtype}")
+    needed, size = sum(tensors[name].nbytes for name in like), path.stat().st_size
+    if needed > size:  # a pickle may have a tensor say one number over and over
+        raise UserError(f"{path}: damaged: its tensors would take {needed:,} bytes, and the file has {size:,}")
     for name in like:
         if not is_finite(tensors[name]):
             raise UserError(f"{path}: damaged: {name} holds a NaN or an infinity")

@@ -43,6 +43,7 @@ from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, fp32_products, peak_memory, pick_backend, pick_device, pick_dtype
 from fastgpt.pretrained import tokenizer_of
 from fastgpt.profiling import FIRST, LAST, traced
+from fastgpt.shards import is_prepared
 from fastgpt.tokenizer import Tokenizer
 
 # Settings that change nothing in what a run computes, but what is written and said about it.
@@ -103,7 +104,11 @@ class Trainer:
         if resume:
             _, begun, tokenizer = read_config(run)
         elif config.init and tokenizer == "auto":
-            tokenizer = tokenizer_of(config.init) or "auto"
+            tokenizer = tokenizer_of(config.init) or tokenizer
+            if tokenizer == "auto" and not is_prepared(Path(config.data).expanduser()):  # such a folder brings its own
+                raise UserError(
+                    f"the weights of {config.init} bring no tokenizer that can be used here: name it with --tokenizer"
+                )
         with self.world.local_first() as first:
             self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, self._warn, verify=first)
         found = self.dataset.name  # a path is kept as one that holds from any folder
@@ -465,7 +470,7 @@ def _with_vocabulary(model_config: ModelConfig, dataset: Dataset, keep: bool) ->
 def _require_vocabulary(weights: GPT, dataset: Dataset, source: str) -> None:
     """Other tokens than the weights know would be taken for theirs. nanoGPT pads a vocabulary to a multiple of 64."""
     tokens, rows = dataset.tokenizer.vocab_size, weights.config.vocab_size
-    if not rows - 64 < tokens <= rows:
+    if rows not in (tokens, -(-tokens // 64) * 64):
         raise UserError(f"{dataset.name}: its tokenizer has {tokens} tokens, and the weights of {source} know {rows}")
 
 

@@ -299,6 +299,7 @@ class TestTokenizer:
             ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 7}, "merges": []}}, "ids must be the numbers from 0"),
             ({"added_tokens": [{"content": ["x"], "id": 0}]}, "damaged"),
             ({"added_tokens": []}, None),
+            ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}}, None),
         ],
     )
     def test_other_ways_and_damage(self, tmp_path, bpe, change, sentence):
@@ -312,6 +313,19 @@ class TestTokenizer:
         else:
             with pytest.raises(UserError, match=rf"tokenizer\.json: .*{sentence}"):
                 tokenizer_of(tmp_path / "hf")
+
+    def test_transformers_would_cut_text_in_another_way(self, tmp_path, bpe):
+        export_hf(ours(vocab_size=bpe.vocab_size), bpe, tmp_path / "hf")
+        path = tmp_path / "hf" / "tokenizer.json"
+        whole = json.loads(path.read_text())
+        token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        user = {**token, "id": bpe.vocab_size, "content": "<|user|>"}
+        changes = [{"added_tokens": [*whole["added_tokens"], user]}]
+        settings = {"ignore_merges": True, "dropout": 0.5, "end_of_word_suffix": "</w>"}
+        changes += [{"model": {**whole["model"], name: value}} for name, value in settings.items()]
+        for change in changes:
+            path.write_text(json.dumps({**whole, **change}))
+            assert tokenizer_of(tmp_path / "hf") is None, change
 
 
 def replace_weights(folder: Path, **changed) -> None:
@@ -381,6 +395,13 @@ def nanogpt_checkpoint(model: GPT, prefix: str = "_orig_mod.") -> dict:
     }
 
 
+def repeated(weights: dict, numbers: torch.Tensor) -> dict:
+    """Tensors of the shapes of ``weights``, all of them made of ``numbers``: one repeated, or as many as each needs."""
+    if len(numbers) == 1:
+        return {name: numbers.expand(weight.shape) for name, weight in weights.items()}
+    return {name: numbers[: weight.numel()].view(weight.shape) for name, weight in weights.items()}
+
+
 class Bomb:
     """A pickle of it calls a function when it is read."""
 
@@ -421,6 +442,11 @@ class TestNanoGPT:
                 lambda c: c["model"].update({"_orig_mod.transformer.wpe.weight": torch.zeros(1).expand(2**40, 32)}),
                 "wpe.weight must have shape",
             ),
+            (
+                lambda c: c.update(model=repeated(c["model"], torch.zeros(1))),
+                "its tensors would take .* bytes, and the",
+            ),
+            (lambda c: c.update(model=repeated(c["model"], torch.zeros(1 << 12))), "its tensors would take .* bytes"),
             (lambda c: c.update(config=Bomb(print, "boom")), "its pickle would call __builtin__ print"),
             (lambda c: c.update(config=Bomb(os.mkdir, "boom")), "its pickle would call posix mkdir"),
             (lambda c: c.update(config=Bomb(bytearray, 1 << 40)), "its pickle would call __builtin__ bytearray"),
@@ -530,9 +556,10 @@ class TestCommand:
         export_hf(model, None, tmp_path / "hf")
         torch.save(nanogpt_checkpoint(model), tmp_path / "ckpt.pt")
         losses = {}
-        for source in ("run", "hf", "ckpt.pt"):
+        named = [f"--tokenizer={tmp_path / 'run' / 'tokenizer.json'}"]
+        for source, own in (("run", []), ("hf", named), ("ckpt.pt", named)):
             out = tmp_path / f"tuned-{source}"
-            code, _, err = self.train(command, text, out, f"--init={tmp_path / source}", "--block-size=12")
+            code, _, err = self.train(command, text, out, f"--init={tmp_path / source}", "--block-size=12", *own)
             assert code == 0, err
             config, settings, _ = read_config(out)
             assert (config.block_size, config.dropout, config.gelu, config.n_embd) == (12, 0.0, "none", 32)
@@ -565,11 +592,29 @@ class TestCommand:
         assert code == 2
         assert "leave out --init" in err
 
-    def test_tokens_that_the_weights_do_not_know(self, tmp_path, command, text):
-        export_hf(ours(vocab_size=100), None, tmp_path / "hf")
-        code, _, err = self.train(command, text, tmp_path / "out", f"--init={tmp_path / 'hf'}")
+    @pytest.mark.parametrize("rows", [9, 11, 65, 100, 128])
+    def test_tokens_that_the_weights_do_not_know(self, tmp_path, command, text, rows):
+        export_hf(ours(vocab_size=rows), None, tmp_path / "hf")
+        code, _, err = self.train(command, text, tmp_path / "out", f"--init={tmp_path / 'hf'}", "--tokenizer=char")
         assert code == 2
         assert "its tokenizer has 10 tokens, and the weights of" in err
+
+    def test_a_vocabulary_that_was_padded_is_taken(self, tmp_path, command, text):
+        export_hf(ours(vocab_size=64), None, tmp_path / "hf")
+        code, _, err = self.train(command, text, tmp_path / "out", f"--init={tmp_path / 'hf'}", "--tokenizer=char")
+        assert code == 0, err
+
+    def test_weights_without_a_tokenizer_want_one_named(self, tmp_path, command, text):
+        export_hf(ours(vocab_size=10), None, tmp_path / "hf")
+        code, _, err = self.train(command, text, tmp_path / "out", f"--init={tmp_path / 'hf'}")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "bring no tokenizer that can be used here: name it with --tokenizer" in err
+        assert not (tmp_path / "out").exists()
+        prepared = tmp_path / "prepared"
+        code, _, err = command("prepare", f"--data={text}", "--tokenizer=char", f"--out={prepared}", "--processes=1")
+        assert code == 0, err
+        code, _, err = self.train(command, prepared, tmp_path / "out", f"--init={tmp_path / 'hf'}")
+        assert code == 0, err
 
     def test_no_run_to_start_from(self, tmp_path, command, text):
         bigram = write_run(tmp_path / "bigram", Bigram(BigramConfig(vocab_size=10)))
