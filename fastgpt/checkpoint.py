@@ -6,7 +6,7 @@
     RUN/checkpoints.json     {"last": "step-00000500", "best": "step-00000250"}
     RUN/checkpoints/step-N/  model.safetensors    weights, under GPT-2's names
                              training.safetensors AdamW's moments, and the states of the random generators
-                             state.json           step, losses, elapsed seconds, gradient scaler
+                             state.json           step, losses, elapsed seconds, processes, gradient scaler
                              SHA256SUMS           of the other three, as sha256sum writes and checks them
 
 A checkpoint is written beside the others under a passing name, renamed when it is whole, and only then pointed at by
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +30,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastgpt.config import MODEL_CONFIGS, BigramConfig, ModelConfig, TrainConfig, TrainingError, UserError, field_types
+from fastgpt.config import (
+    MODEL_CONFIGS,
+    BigramConfig,
+    ModelConfig,
+    TrainConfig,
+    TrainingError,
+    UserError,
+    field_types,
+    told,
+)
 from fastgpt.distributed import as_spread, gathered, is_sharded, world
 from fastgpt.files import json_bytes, read_json, sha256_of, sync, write_atomically
 from fastgpt.model import GPT, Bigram
@@ -45,6 +53,14 @@ SUMS = "SHA256SUMS"
 
 _NAME = re.compile(r"step-\d{8,18}")
 _PASSING = ".new-"  # before a name: not whole yet, or no longer
+_LARGEST: dict[type, float] = {int: 2**31 - 1, float: 2**127}
+_SCALER: dict[str, type[int] | type[float]] = {  # GradScaler's state
+    "scale": float,
+    "growth_factor": float,
+    "backoff_factor": float,
+    "growth_interval": int,
+    "_growth_tracker": int,
+}
 
 
 @dataclass
@@ -56,6 +72,7 @@ class RunState:
     val_loss: float | None = None
     best_val_loss: float | None = None
     elapsed_s: float = 0.0
+    processes: int = 1
     scaler: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -96,7 +113,7 @@ def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, Tokenizer]:
     for section, cls in ((model, config), (train, TrainConfig)):
         unknown = section.keys() - field_types(cls).keys()
         if unknown:
-            raise UserError(f"{path}: unknown setting {min(unknown)!r}")
+            raise UserError(f"{path}: unknown setting {told(min(unknown))}")
     return config(**model), TrainConfig(**train), read_tokenizer(run / "tokenizer.json")
 
 
@@ -215,8 +232,9 @@ def write_checkpoint(run: Path, snapshot: Snapshot, best: bool, keep: int) -> Pa
     folder = run / "checkpoints" / name
     if name not in pointers.values():
         made = folder.with_name(_PASSING + name)
-        for left in (folder, made):  # by a run that was killed: the first is whole, but was never pointed at
-            shutil.rmtree(left, ignore_errors=True)
+        for left in (folder, made):  # by a run that was killed: the first is whole, but is not pointed at
+            if left.is_dir() and not left.is_symlink():
+                _delete(left)
         made.mkdir(parents=True)
         try:
             _fill(made, snapshot)
@@ -263,14 +281,17 @@ def _delete_but(folder: Path, kept: set[str]) -> None:
     """Delete the checkpoints in ``folder``, whole or not, that are not ``kept``; nothing else, and through no link."""
     for path in folder.iterdir():
         name = path.name.removeprefix(_PASSING)
-        if path.name in kept or not _NAME.fullmatch(name) or path.is_symlink():
-            continue
-        passing = path.with_name(_PASSING + name)
-        if path != passing:
-            shutil.rmtree(passing, ignore_errors=True)
-            path.rename(passing)  # half deleted, it must not look whole
-        if passing.exists():  # else it went with the one of its name
-            shutil.rmtree(passing)
+        if path.name not in kept and _NAME.fullmatch(name) and path.exists() and not path.is_symlink():
+            _delete(path)  # unless it went with the one of its name
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint, whole or not, under its passing name: half deleted, it must not look whole."""
+    passing = path.with_name(_PASSING + path.name.removeprefix(_PASSING))
+    if path != passing:
+        shutil.rmtree(passing, ignore_errors=True)
+        path.rename(passing)
+    shutil.rmtree(passing)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -459,10 +480,12 @@ def _read_state(folder: Path) -> RunState:
         raise UserError(f"{path}: damaged: it must hold {', '.join(sorted(wanted))}")
     losses = [data[name] for name in ("train_loss", "val_loss", "best_val_loss") if data[name] is not None]
     if not (
-        isinstance(data["step"], int)
+        type(data["step"]) is int
         and _name_of(data["step"]) == folder.name
+        and _is_number(data["processes"], int, 1)
         and _are_scaler_numbers(data["scaler"])
-        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in (data["elapsed_s"], *losses))
+        and _is_number(data["elapsed_s"], float)
+        and all(_is_number(loss, float, -_LARGEST[float]) for loss in losses)
     ):
         raise UserError(f"{path}: damaged: a value has the wrong type")
     return RunState(**data)
@@ -472,11 +495,13 @@ def _are_scaler_numbers(scaler: Any) -> bool:
     """GradScaler's state, or none of it."""
     return isinstance(scaler, dict) and (
         not scaler
-        or (
-            scaler.keys() == {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-            and all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in scaler.values())
-        )
+        or (scaler.keys() == _SCALER.keys() and all(_is_number(scaler[name], kind) for name, kind in _SCALER.items()))
     )
+
+
+def _is_number(value: Any, kind: type[int] | type[float], least: float = 0) -> bool:
+    """Whether a tensor of int32, or of fp32, can hold ``value``, a number of JSON that is at least ``least``."""
+    return type(value) in (int, kind) and least <= value <= _LARGEST[kind]
 
 
 def _pointers(run: Path) -> dict[str, str]:
@@ -486,7 +511,7 @@ def _pointers(run: Path) -> dict[str, str]:
     pointers = read_json(path)
     for which, name in pointers.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UserError(f"{path}: damaged: {which} must be the name of a checkpoint, got {name!r}")
+            raise UserError(f"{path}: damaged: {which} must be the name of a checkpoint, got {told(name)}")
     return pointers
 
 

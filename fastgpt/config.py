@@ -30,9 +30,9 @@ def _check_at_least(config: Any, name: str, least: int, bits: int = 31) -> None:
     """``name`` is at least ``least`` and less than 2^``bits``: what comes from a file may ask for anything."""
     value = getattr(config, name)
     if not least <= value < float("inf"):
-        raise UserError(f"{name} must be at least {least}, got {value}")
+        raise UserError(f"{name} must be at least {least}, got {told(value)}")
     if value >= 2**bits:
-        raise UserError(f"{name} must be less than 2^{bits}, got {value}")
+        raise UserError(f"{name} must be less than 2^{bits}, got {told(value)}")
 
 
 def _check_types(config: Any) -> None:
@@ -41,11 +41,24 @@ def _check_types(config: Any) -> None:
         value = getattr(config, name)
         if get_origin(wanted) is Literal:
             if value not in get_args(wanted):
-                raise UserError(f"{name} must be {_either(get_args(wanted))}, got {value!r}")
-        elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(config, name, float(value))
+                raise UserError(f"{name} must be {_either(get_args(wanted))}, got {told(value)}")
+        elif wanted is float and type(value) is int:
+            object.__setattr__(config, name, _as_float(name, value))
         elif not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            raise UserError(f"{name} must be {_A_TYPE[wanted]}, got {value!r}")
+            raise UserError(f"{name} must be {_A_TYPE[wanted]}, got {told(value)}")
+
+
+def _as_float(name: str, value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise UserError(f"{name} must be a number that a float can hold, got {told(value)}") from error
+
+
+def told(value: Any) -> str:
+    """``value`` as a sentence repeats it: what comes from a file may be of any length."""
+    text = hex(value) if isinstance(value, int) and value.bit_length() > 128 else repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 _SIZE_BITS = 24  # of a model's sizes: no product of two, in bytes, exceeds an int64

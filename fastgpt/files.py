@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,12 +81,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     made.mkdir(parents=True)
     try:
         yield made
-        if not path.is_dir():
+        try:
             made.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
 def _passing_name(path: Path) -> Path:
-    """A name beside ``path``, of this process alone."""
-    return path.with_name(f".new-{path.name}-{os.getpid()}")
+    """A name beside ``path`` that nobody has: a process id comes back, in a container soon."""
+    return path.with_name(f".new-{path.name}-{secrets.token_hex(8)}")

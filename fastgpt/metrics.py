@@ -19,12 +19,12 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fastgpt.config import UserError
-from fastgpt.files import write_atomically
+from fastgpt.files import sync, write_atomically
 
 Axis = Literal["step", "tokens", "time"]
 _AXES = {"step": ("step", "step"), "tokens": ("tokens", "tokens"), "time": ("elapsed_s", "time (s)")}  # key, label
@@ -32,20 +32,19 @@ _PICTURES = ("png", "svg", "pdf")
 
 
 class Metrics:
-    """The metrics of a run folder. A line of a step after ``step`` is dropped: the run goes on from there.
+    """The metrics of a run folder, which begin with ``kept``: see ``metrics_until``.
 
     With ``tensorboard`` they also go into RUN/tensorboard, which takes what ``check_tensorboard`` asks for.
     """
 
-    def __init__(self, run: Path, step: int, *, tensorboard: bool = False) -> None:
+    def __init__(self, run: Path, kept: Sequence[dict[str, Any]] = (), *, tensorboard: bool = False) -> None:
         self._path = run / "metrics.jsonl"
-        kept = [line for line in read_metrics(run) if line["step"] <= step] if self._path.exists() else []
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+            self._writer = SummaryWriter(run / "tensorboard", purge_step=kept[-1]["step"] + 1 if kept else 0)
 
     def write(self, **line: Any) -> None:
         with self._path.open("a", encoding="utf-8") as file:
@@ -59,6 +58,10 @@ class Metrics:
         for name in ("loss", "lr", "tokens_per_s", "mfu", "peak_memory_bytes"):
             if line[name] is not None:
                 self._writer.add_scalar(f"training/{name}", line[name], line["step"])
+
+    def sync(self) -> None:
+        """Wait until the disk has every line: a checkpoint shall not be there without those before it."""
+        sync(self._path)
 
     def close(self) -> None:
         if self._writer is not None:
@@ -78,28 +81,51 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without a last line that a kill cut short.
 
     Raises:
-        UserError: no such file, or a line that is not a JSON object.
+        UserError: no such file, or a line that is not a JSON object with a step, a split and a loss.
     """
+    return list(_read_lines(run))
+
+
+def metrics_until(run: Path, step: int) -> list[dict[str, Any]]:
+    """The lines up to ``step``, from which the run goes on; none where there is no file, or ``step`` is -1.
+
+    Raises:
+        UserError: as ``read_metrics``; but what is damaged after a line of ``step`` is dropped with what follows it.
+    """
+    kept: list[dict[str, Any]] = []
+    if step < 0 or not (run / "metrics.jsonl").exists():
+        return kept
+    try:
+        for line in _read_lines(run):
+            if line["step"] > step:
+                break
+            kept.append(line)
+    except UserError:
+        if not kept or kept[-1]["step"] < step:
+            raise
+    return kept
+
+
+def _read_lines(run: Path) -> Iterator[dict[str, Any]]:
     path = run / "metrics.jsonl"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     whole, _, _ = text.rpartition("\n")
-    lines = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, content in enumerate(whole.splitlines(), 1):
         try:
-            lines.append(json.loads(line))
+            line = json.loads(content)
         except ValueError as error:
             raise UserError(f"{path}: line {number} is damaged: {error}") from error
         if not (
-            isinstance(lines[-1], dict)
-            and isinstance(lines[-1].get("step"), int)
-            and isinstance(lines[-1].get("loss"), (int, float))
-            and lines[-1].get("split") in ("train", "val")
+            isinstance(line, dict)
+            and isinstance(line.get("step"), int)
+            and isinstance(line.get("loss"), (int, float))
+            and line.get("split") in ("train", "val")
         ):
             raise UserError(f"{path}: line {number} is damaged: it must hold a step, a split and a loss")
-    return lines
+        yield line
 
 
 def plot_losses(runs: Sequence[Path], out: Path, x: Axis = "step") -> None:

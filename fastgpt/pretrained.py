@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgpt.checkpoint import load_model, read_config
-from fastgpt.config import GPTConfig, UserError, field_types
+from fastgpt.config import GPTConfig, UserError, field_types, told
 from fastgpt.extras import require
 from fastgpt.files import json_bytes, new_folder, read_json
 from fastgpt.model import GPT
@@ -365,7 +365,7 @@ def _config(path: Path, **settings: Any) -> GPTConfig:
     """
     for name, value in settings.items():
         if isinstance(value, int) and value > LARGEST_SIZE:
-            raise UserError(f"{path}: {name} must be at most {LARGEST_SIZE}, got {value}")
+            raise UserError(f"{path}: {name} must be at most {LARGEST_SIZE}, got {told(value)}")
     try:
         return GPTConfig(**settings)
     except UserError as error:

@@ -231,7 +231,7 @@ def write_shards(
         folder: new or empty, or one that an earlier call has begun.
         pieces: the same, in the same order, as in the earlier call.
         data, tokenizer_name: what the header calls them.
-        tokenizer: makes it; called once in the folder's life.
+        tokenizer: makes it; called once in the folder's life, or, a file of that name, each time: it may change.
         processes: that tokenize; 1 is this one.
         shard_chars: characters of text in a shard, about.
         report: is told of each shard once it is there.
@@ -288,7 +288,10 @@ def _begin(
                 f"{folder}: holds {before[0]} by tokenizer {before[1]} in shards of {before[2]:,} characters, not "
                 f"{data} by {tokenizer_name} in shards of {shard_chars:,}: choose another folder"
             )
-        return header, _tokenizer_of(folder, header)
+        tokenizer = _tokenizer_of(folder, header)
+        if tokenizer_name.endswith(".json") and make_tokenizer().to_json() != tokenizer.to_json():
+            raise UserError(f"{folder}: {tokenizer_name} is not the tokenizer that it was: choose another folder")
+        return header, tokenizer
     tokenizer = make_tokenizer()
     content = _tokenizer_bytes(tokenizer)
     write_atomically(folder / "tokenizer.json", content)

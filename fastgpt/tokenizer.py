@@ -110,7 +110,10 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         )
     simple, trained, size = parsed.groups()
     if simple == "char":
-        return CharTokenizer.trained_on("".join(sorted(set().union(*texts()))))
+        characters: set[str] = set()
+        for text in texts():  # which may be a corpus: one of them in memory at a time
+            characters.update(text)
+        return CharTokenizer.trained_on("".join(characters))
     if simple is not None:
         return ByteTokenizer() if simple == "byte" else GPT2Tokenizer()
     kind = BPETokenizer if trained == "bpe" else SentencePieceTokenizer

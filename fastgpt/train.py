@@ -37,7 +37,7 @@ from fastgpt.config import GPTConfig, ModelConfig, TrainConfig, TrainingError, U
 from fastgpt.cuda_graph import Graphed
 from fastgpt.data import NAMED_TEXTS, Batches, Dataset, load_dataset
 from fastgpt.devices import peak_flops
-from fastgpt.metrics import Metrics, check_tensorboard, plot_losses
+from fastgpt.metrics import Metrics, check_tensorboard, metrics_until, plot_losses
 from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, fp32_products, peak_memory, pick_backend, pick_device, pick_dtype
@@ -120,7 +120,7 @@ class Trainer:
             model_config = _with_vocabulary(model_config, self.dataset, keep_vocab_size)
 
         torch.manual_seed(config.seed)
-        folder, self.state = None, RunState()
+        folder, self.state = None, RunState(processes=self.world.size)
         if resume and ((run / CHECKPOINTS).exists() or checkpoint != "last"):
             folder, self.state = open_checkpoint(run, checkpoint)
             if self.state.step >= config.max_iters:
@@ -167,13 +167,15 @@ class Trainer:
         self._metrics: Metrics | None = None
         if resume:
             self._say_what_changed(begun)
+        self.state.processes = self.world.size
         if self.world.is_main:
+            kept = metrics_until(run, self.state.step if folder else -1)
             run.mkdir(parents=True, exist_ok=True)
             if folder:
                 go_back_to(run, folder.name)
             versions = {"fastgpt": fastgpt.__version__, "torch": torch.__version__}
             write_config(run, model_config, config, self.dataset.tokenizer, versions)
-            self._metrics = Metrics(run, self.state.step if folder else -1, tensorboard=config.tensorboard)
+            self._metrics = Metrics(run, kept, tensorboard=config.tensorboard)
         self._train_on, self._gradients_on = self._as_graphs()
         if config.tf32 and (self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) < (8, 0)):
             self._warn(f"tf32: {device_name(self.device)} makes no such products, so those of fp32 stay as they are")
@@ -244,6 +246,8 @@ class Trainer:
                 best = evaluating and self._evaluate(config.final_eval_iters if done else config.eval_iters)
                 if best or saving:
                     state.scaler = self.scaler.state_dict()
+                    if self._metrics:
+                        self._metrics.sync()
                     self._writer.save(state, self.model, self.optimizer, best)
                 if evaluating or saving:
                     self._start_clock()
@@ -418,6 +422,9 @@ class Trainer:
             for name in field_types(TrainConfig)
             if name not in _ASIDE and getattr(begun, name) != getattr(self.config, name)
         ]
+        before, now = self.state.processes, self.world.size
+        if before != now and getattr(self.model.config, "dropout", 0) > 0:  # each drops other elements
+            before_and_now.append(f"processes {before} -> {now}")
         if before_and_now:
             self._warn(f"from step {self.state.step} on this is another run: {', '.join(before_and_now)}")
 

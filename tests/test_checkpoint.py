@@ -14,6 +14,7 @@ from fastgpt.checkpoint import (
     Snapshot,
     checkpoint_names,
     find_checkpoint,
+    go_back_to,
     load_model,
     load_training,
     read_config,
@@ -21,7 +22,7 @@ from fastgpt.checkpoint import (
     write_config,
 )
 from fastgpt.config import TrainConfig, TrainingError, UserError
-from fastgpt.files import write_atomically
+from fastgpt.files import new_folder, write_atomically
 from fastgpt.optim import build_optimizer
 from fastgpt.tokenizer import CharTokenizer
 
@@ -97,6 +98,26 @@ def test_what_a_kill_left_of_a_checkpoint_goes_with_it(run):
         (run / "checkpoints" / f".new-{name}").mkdir()
     save(run, 3, best=True)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_kill_while_an_abandoned_checkpoint_goes_leaves_none_that_is_half(run, monkeypatch):
+    save(run, 1, best=True)
+    save(run, 2)
+    go_back_to(run, "step-00000001")
+
+    def cut_short(path, ignore_errors=False):
+        for left in Path(path).glob("state.json"):
+            left.unlink()
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", cut_short)
+        with pytest.raises(Killed):
+            save(run, 2)
+    assert checkpoint_names(run) == ["step-00000001"]
+    save(run, 2)
+    assert load_model(run, "last")[3].step == 2
+    assert not list((run / "checkpoints").glob(".new-*"))
 
 
 def test_the_sums_are_those_that_sha256sum_checks(run):
@@ -181,6 +202,35 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_filled_beside_what_a_kill_left_by_the_first_who_gets_there(tmp_path):
+    """A container's processes have few ids, and the one that was killed had this one's."""
+    (tmp_path / f".new-x-{os.getpid()}").mkdir()
+    with new_folder(tmp_path / "x") as first:
+        (first / "file").write_text("first")
+        with new_folder(tmp_path / "x") as second:
+            (second / "file").write_text("second")
+    assert [path.read_text() for path in (tmp_path / "x").iterdir()] == ["second"]
+    assert not first.exists()
+    assert not second.exists()
+    with pytest.raises(FileExistsError, match="of the block"), new_folder(tmp_path / "x"):
+        raise FileExistsError(17, "of the block")
+
+
+def test_another_gets_there_between_a_look_and_the_rename(tmp_path, monkeypatch):
+    real = Path.rename
+
+    def rename(path, target):
+        target.mkdir()
+        (target / "file").write_text("another's")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with new_folder(tmp_path / "x") as mine:
+        (mine / "file").write_text("mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x" / "file").read_text() == "another's"
 
 
 class TestDamage:

@@ -16,6 +16,9 @@ from fastgpt.config import PRESETS, BigramConfig, GPTConfig, TrainConfig, UserEr
         ({"n_layer": True}, r"n_layer must be a whole number, got True"),
         ({"bias": 1}, r"bias must be true or false, got 1"),
         ({"vocab_multiple": -64}, r"vocab_multiple must be at least 1, got -64"),
+        ({"dropout": 10**400}, r"dropout must be a number that a float can hold, got 0x\w{38}\.\.\.$"),
+        ({"n_layer": 10**5000}, r"n_layer must be less than 2\^24, got 0x\w{38}\.\.\.$"),
+        ({"n_embd": "wide" * 100}, r"n_embd must be a whole number, got 'wide.{35}\.\.\.$"),
     ],
 )
 def test_a_wrong_model_setting_is_named(setting, sentence):

@@ -78,6 +78,10 @@ def edit_tensors(
     return lambda run: save_file(edit(load_file(run / name)), run / name)
 
 
+def scaler(**changes: object) -> dict[str, object]:
+    return {**torch.amp.GradScaler("cpu").state_dict(), **changes}
+
+
 def with_nan(name: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     return lambda tensors: {**tensors, name: torch.full_like(tensors[name], float("nan"))}
 
@@ -160,6 +164,16 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "a step beyond all numbers": (edit_json(STATE, step=10**30), "state.json: damaged: a value has the wrong type"),
     "a loss that is none": (edit_json(STATE, val_loss=float("nan")), "state.json: damaged: a value has the wrong type"),
     "a scaler of texts": (edit_json(STATE, scaler={"scale": "x"}), "state.json: damaged: a value has the wrong type"),
+    "a loss of 401 digits": (edit_json(STATE, train_loss=10**400), "state.json: damaged: a value has the wrong type"),
+    "seconds of 401 digits": (edit_json(STATE, elapsed_s=10**400), "state.json: damaged: a value has the wrong type"),
+    "seconds that are true": (edit_json(STATE, elapsed_s=True), "state.json: damaged: a value has the wrong type"),
+    "seconds below 0": (edit_json(STATE, elapsed_s=-1.0), "state.json: damaged: a value has the wrong type"),
+    "a step that is true": (edit_json(STATE, step=True), "state.json: damaged: a value has the wrong type"),
+    "no process": (edit_json(STATE, processes=0), "state.json: damaged: a value has the wrong type"),
+    "a scale of 401 digits": (edit_json(STATE, scaler=scaler(scale=10**400)), "a value has the wrong type"),
+    "a scaler's steps beyond int32": (edit_json(STATE, scaler=scaler(_growth_tracker=2**31)), "a value has the wrong"),
+    "half a step of a scaler": (edit_json(STATE, scaler=scaler(growth_interval=0.5)), "a value has the wrong type"),
+    "a pointer of 401 digits": (edit_json("checkpoints.json", last=10**400), "the name of a checkpoint, got 0x"),
     "a pointer with ../": (
         edit_json("checkpoints.json", last="../../step-00000001"),
         "checkpoints.json: damaged: last must be the name of a checkpoint",
@@ -184,6 +198,8 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "rows without end": (edit_config("model", vocab_multiple=1 << 23), "the settings ask for 1 layers and "),
     "a context of 2^23": (edit_config("model", block_size=1 << 23), "the settings ask for 1 layers and "),
     "batches of 10^30": (edit_config("train", batch_size=10**30), "batch_size must be less than 2^20"),
+    "a rate of 401 digits": (edit_config("train", lr=10**400), "lr must be a number that a float can hold, got 0x"),
+    "a dropout of 401 digits": (edit_config("model", dropout=10**400), "dropout must be a number that a float can"),
     "an infinite rate": (edit_config("train", lr=float("inf")), "lr must be greater than 0 and finite"),
 }
 SUMS_AS_THEY_ARE = ("sums with ../", "sums of another", "a linked checkpoint", "a pipe")
@@ -245,6 +261,7 @@ def test_each_is_refused_in_one_sentence_with_nothing_executed_in_bounded_memory
     for (name, (_, sentence)), answer in zip(HARM.items(), said[1:], strict=True):
         assert sentence in answer, f"{name}: {answer}"
         assert "\n" not in answer, name
+        assert "0" * 41 not in answer, name
         assert not (runs[name] / "exploded").exists(), name
     assert memory < MOST, f"{memory} KiB"
 

@@ -178,6 +178,22 @@ def test_another_folder_text_or_tokenizer_is_refused(tmp_path):
     assert sorted(contents(tmp_path / "run")) == [".new-config.json-3", "config.json"]
 
 
+def test_a_named_tokenizer_that_has_changed_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    named = tmp_path / "mine.json"
+
+    def prepared(**characters):
+        named.write_text(json.dumps({"type": "char", "characters": "".join(sorted({*TEXT, *characters}))}))
+        return prepare(str(tmp_path / "text.txt"), str(named), tmp_path / "x")
+
+    assert prepared().complete
+    assert prepared().complete
+    good = contents(tmp_path / "x")
+    with pytest.raises(UserError, match=r"x: .*mine\.json is not the tokenizer that it was: choose another folder"):
+        prepared(z=True)
+    assert contents(tmp_path / "x") == good
+
+
 def test_a_corpus_of_the_hub(tmp_path, corpus):
     prepare("openwebtext", "bpe:300", tmp_path / "out")
     dataset = load_dataset(str(tmp_path / "out"), block_size=8)

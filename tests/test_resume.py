@@ -20,7 +20,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgpt import GPT, GPTConfig, checkpoint
+from fastgpt import GPT, GPTConfig, checkpoint, metrics
 from fastgpt import train as training
 from fastgpt.checkpoint import checkpoint_names, find_checkpoint, load_model, open_checkpoint, read_config
 from fastgpt.config import TrainConfig, TrainingError, UserError
@@ -56,12 +56,12 @@ def text(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
 
 
-def trainer(run: Path, checkpoint: str = "last", **changes: Any) -> Trainer:
+def trainer(run: Path, checkpoint: str = "last", model: GPTConfig = MODEL, **changes: Any) -> Trainer:
     """Of a new run, or of the one in the folder."""
     resume = (run / "config.json").exists()
     before = read_config(run)[1] if resume else dataclasses.replace(CONFIG, data=str(run.parent / "text.txt"))
     config = dataclasses.replace(before, **changes)
-    model = read_config(run)[0] if resume else MODEL
+    model = read_config(run)[0] if resume else model
     console = Console(file=(run.parent / "console.txt").open("a"), width=200)
     return Trainer(model, config, run, resume=resume, checkpoint=checkpoint, console=console)
 
@@ -316,3 +316,44 @@ def test_other_settings_are_said_unless_they_change_nothing(tmp_path):
     assert trainer(run, lr=0.02, max_iters=7, batch_size=2).run_until_done() is True
     said = (tmp_path / "console.txt").read_text()
     assert "from step 5 on this is another run: batch_size 3 -> 2, max_iters 40 -> 7, lr 0.01 -> 0.02" in said
+
+
+def test_another_number_of_processes_is_said_where_they_drop(tmp_path):
+    for dropout, said in ((0.2, "from step 5 on this is another run: processes 2 -> 1"), (0.0, "")):
+        run = tmp_path / f"run-{dropout}"
+        t = trainer(run, model=dataclasses.replace(MODEL, dropout=dropout))
+        t.state.processes = 2
+        t._step = before_each(t._step, lambda t=t: setattr(t, "_stop", t.state.step == 4))
+        assert t.run_until_done() is False
+        (tmp_path / "console.txt").write_text("")
+        t = trainer(run, max_iters=40)
+        assert t.state.processes == 1
+        assert [line for line in (tmp_path / "console.txt").read_text().splitlines() if "another run" in line] == (
+            [said] if said else []
+        )
+
+
+def test_what_is_damaged_beyond_the_checkpoint_is_dropped_and_else_nothing_is_written(tmp_path):
+    run = tmp_path / "run"
+    trainer(run, max_iters=10).run_until_done()
+    lines = (run / "metrics.jsonl").read_bytes()
+    for damage in (b"\0\0\0\0\n", b"\xff\n", b"{}\n"):
+        (run / "metrics.jsonl").write_bytes(lines + damage + lines)
+        trainer(run, max_iters=11)
+        assert (run / "metrics.jsonl").read_bytes() == lines
+    (run / "metrics.jsonl").write_bytes(b"\0\n" + lines)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is damaged"):
+        trainer(run, max_iters=12, checkpoint="step-8")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_is_not_there_before_the_lines_that_lead_to_it(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    synced, saved = [], []
+    monkeypatch.setattr(metrics, "sync", lambda path: synced.append(path.read_text()))
+    t = trainer(run, max_iters=10)
+    t._writer.save = before_each(t._writer.save, lambda: saved.append((run / "metrics.jsonl").read_text()))
+    t.run_until_done()
+    assert len(saved) > 1
+    assert synced == saved

@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import io
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -217,3 +218,19 @@ def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json: "):
         read_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_characters_are_counted_with_one_text_in_memory_at_a_time():
+    class Text(str):
+        """One whose end can be seen."""
+
+    alive: weakref.WeakSet[Text] = weakref.WeakSet()
+
+    def texts():
+        for i in range(50):
+            assert len(alive) <= 2  # the one before, and the one that is made
+            text = Text(f"{i}")
+            alive.add(text)
+            yield text
+
+    assert tokenizers.make_tokenizer("char", texts).characters == "0123456789"

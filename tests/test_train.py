@@ -11,7 +11,7 @@ from rich.console import Console
 from fastgpt import GPTConfig, dispatch, ops
 from fastgpt.checkpoint import checkpoint_names, find_checkpoint, load_model, read_config
 from fastgpt.config import BigramConfig, TrainConfig, TrainingError, UserError
-from fastgpt.metrics import Metrics, read_metrics
+from fastgpt.metrics import Metrics, metrics_until, read_metrics
 from fastgpt.model import GPT
 from fastgpt.optim import AdamW, build_optimizer, learning_rate
 from fastgpt.placement import pick_device, pick_dtype
@@ -313,7 +313,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     lines = [{"step": step, "split": "val", "loss": 1.0} for step in (5, 10, 15)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 20, "lo')
-    Metrics(tmp_path, 10)
+    Metrics(tmp_path, metrics_until(tmp_path, 10))
     assert [line["step"] for line in read_metrics(tmp_path)] == [5, 10]
 
 
