@@ -155,8 +155,9 @@ def _kernels_tables(data: dict[str, Any]) -> list[str]:
             )
     peers = sorted({name for row in rows for name, one in row["competitors"].items() if not one["ours"]})
     said = (
-        f"Times as fast as the best of {', '.join(peers)}: the median over shapes, of --size {data['settings']['size']}, "
-        "forward and backward apart (least to greatest); then the part that it reaches of the measured ceiling."
+        f"Times as fast as the best of {', '.join(peers)}: the median over the shapes of --size "
+        f"{data['settings']['size']}, forward and backward apart (least to greatest); then the part that it reaches of "
+        "the measured ceiling."
     )
     table = _table(("op", *dtypes), [(op, *(of_op.get(dtype, "") for dtype in dtypes)) for op, of_op in cells.items()])
     return [said, table]

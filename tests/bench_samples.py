@@ -53,7 +53,7 @@ def about(kind: str, **fields: Any) -> dict[str, Any]:
         },
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "date": "2026-01-02T03:04:05+00:00",
-        "settings": {"rounds": ROUNDS},
+        "settings": {"size": "full", "rounds": ROUNDS},
         "ceilings": {"before": CEILINGS, "after": CEILINGS},
         "absent": dict(ABSENT),
         "results": [],
