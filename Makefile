@@ -4,6 +4,8 @@ PYTHON ?= python3
 STAGE ?= test
 OUT ?= runs/bench
 VENV := .venv
+# The tests are single-threaded, so each of up to eight cores takes one file of them after another.
+WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
 BIN := $(VENV)/bin
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -14,7 +16,7 @@ train: $(VENV)/built
 	$(BIN)/fastgpt train $(ARGS)
 
 test: $(VENV)/built
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(WORKERS) $(ARGS)
 
 test-full: $(VENV)/built
 	$(BIN)/pytest --full $(ARGS)
