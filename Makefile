@@ -7,7 +7,7 @@ VENV := .venv
 # The tests are single-threaded, so each of up to eight cores takes one file of them after another.
 WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
 BIN := $(VENV)/bin
-CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests lessons -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench bench-cpu readme \
     lint format gpu-check clean

@@ -236,6 +236,14 @@ struct Requests {
   std::array<uint16_t, 32> next{};
 };
 
+// One warp's access to global memory, as its lanes come to it: the sectors that it touches.
+using Sectors = std::vector<uintptr_t>;
+struct MemoryRequests {
+  std::vector<Sectors> open;
+  std::array<uint32_t, 32> next{};
+};
+constexpr uintptr_t kSectorBytes = 32;
+
 // A wgmma that has been started, and not waited for.
 struct Pending {
   Product product;  // the first lane's
@@ -265,6 +273,7 @@ struct Warp {
   int group = 0;       // of the products that no commit has closed yet
   size_t started = 0;  // products, of those of its warpgroup
   std::unordered_map<SiteId, Requests> requests;
+  std::unordered_map<SiteId, MemoryRequests> memory[2];  // loads and stores, which may share a line of the source
   char sanitizer_tag = 0;
 };
 
@@ -327,6 +336,14 @@ struct Cell {
   Stamp write{}, reads[2]{};
 };
 
+// A stretch of global memory.
+struct Memory {
+  uintptr_t begin;
+  size_t bytes;
+  std::string name;
+};
+std::vector<Memory> known_memory();
+
 struct Array {
   const void* tag = nullptr;
   unsigned char* data = nullptr;
@@ -382,6 +399,7 @@ struct Block {
   uint3 index{};
   Settings settings;
   Counters counters;
+  std::vector<Memory> memory;
 
   int threads = 0, live = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -425,6 +443,7 @@ struct Block {
     context = run_context;
     settings = emulator::settings();
     counters = {};
+    memory = known_memory();
     error = nullptr;
     threads = static_cast<int>(size.x * size.y * size.z);
     while (fibers.size() < static_cast<size_t>(threads)) add_fiber();
@@ -489,6 +508,7 @@ struct Block {
       warp->live = warp->exists;
       warp->pending.clear();
       warp->requests.clear();
+      forget_memory_requests(*warp);
       warp->knows.fill(0);
       warp->knows[warp->number] = warp->clock = 1;
       warp->accessed = warp->learnt = 0;
@@ -728,6 +748,7 @@ struct Block {
       if (!met[warp->number]) continue;
       barrier.here[warp->number] = 0;
       meet(*warp);
+      forget_memory_requests(*warp);
       absorb(past, warp->knows);
     }
     for (auto& warp : warps) {
@@ -894,6 +915,7 @@ struct Block {
       for (int j = 0; j < 8; ++j) cell[j].write = landing;
     }
     ++counters.copies;
+    if (settings.count_memory) note_box(from);
     bar.copies.push_back({begin, from, bar.phases, false, fiber.linear, id_of(site)});
     if (settings.lazy_copies) {
       memset(to, 0xff, bytes);
@@ -1185,6 +1207,7 @@ struct Block {
       } else {
         meet(warp);
       }
+      if ((mask & warp.live) == warp.live) forget_memory_requests(warp);
       warp.pending.erase(warp.pending.begin() + (mine - warp.pending.data()));
       for (int i = 0; i < 32; ++i) {
         const int lane = settings.order == Order::reversed ? 31 - i : i;
@@ -1377,7 +1400,7 @@ struct Block {
 
   void start_copy(void* to, const void* from, bool valid, Site site) {
     Fiber& fiber = self();
-    if (valid) check_global(from, 16, "cp_async_16", site);
+    if (valid) check_global(from, 16, Access::read, "cp_async_16", site);
     check(to, 16, Access::write, "cp_async_16", site);
     Cell* cell = cells(to, 16, "cp_async_16", site);
     for (int i = 0; i < 8; ++i) cell[i].in_flight = true;
@@ -1448,6 +1471,62 @@ struct Block {
     warp.requests.clear();
   }
 
+  // -- global memory
+
+  void require_within_memory(const void* p, size_t bytes, const char* name, Site site) const {
+    const auto at = reinterpret_cast<uintptr_t>(p);
+    const Memory* nearest = nullptr;
+    for (const Memory& one : memory) {
+      if (at >= one.begin && at + bytes <= one.begin + one.bytes) return;
+      if (at >= one.begin && (nearest == nullptr || one.begin > nearest->begin)) nearest = &one;
+    }
+    if (nearest == nullptr) fail(site, "%s: %zu bytes out of the bounds of global memory", name, bytes);
+    fail(site, "%s: %zu bytes out of the bounds of global memory (at byte %zu of %s, which has %zu)", name, bytes,
+         static_cast<size_t>(at - nearest->begin), nearest->name.c_str(), nearest->bytes);
+  }
+
+  // As with note_request: the n-th time that a lane is at this place since all of the warp met belongs to the n-th
+  // request there. Who meets has made all accesses that come before, so that lanes which took different ways count
+  // anew.
+  void note_memory_request(const void* p, size_t bytes, Access access, Site site) {
+    Fiber& fiber = self();
+    const bool is_load = access == Access::read;
+    Traffic& traffic = is_load ? counters.loads : counters.stores;
+    MemoryRequests& requests = fiber.warp->memory[is_load ? 0 : 1][id_of(site)];
+    const size_t at = requests.next[static_cast<size_t>(fiber.lane)]++;
+    if (at == requests.open.size()) {
+      requests.open.emplace_back();
+      ++traffic.requests;
+    }
+    Sectors& touched = requests.open[at];
+    const uintptr_t sector = reinterpret_cast<uintptr_t>(p) / kSectorBytes;  // at most 16 aligned bytes lie in one
+    if (std::find(touched.begin(), touched.end(), sector) == touched.end()) {
+      touched.push_back(sector);
+      ++traffic.sectors;
+    }
+    traffic.bytes += static_cast<int64_t>(bytes);
+  }
+
+  static void forget_memory_requests(Warp& warp) {
+    for (auto& requests : warp.memory) requests.clear();
+  }
+
+  // TMA asks for a box by itself, row after row.
+  void note_box(const Box& box) {
+    ++counters.loads.requests;
+    uintptr_t last = 0;
+    for (int row = 0; row < box.rows; ++row) {
+      int first, count;
+      const uint16_t* from = row_of(box, row, first, count);
+      if (from == nullptr) continue;
+      const auto begin = reinterpret_cast<uintptr_t>(from) / kSectorBytes;
+      const auto end = (reinterpret_cast<uintptr_t>(from + count) - 1) / kSectorBytes;
+      counters.loads.sectors += static_cast<int64_t>(end - begin) + (begin == last ? 0 : 1);
+      counters.loads.bytes += 2 * count;
+      last = end;
+    }
+  }
+
   // How many more passes than one the 32 banks of 4 bytes need for these lanes. Lanes that read the same word share it.
   static int conflicts(const uint32_t* address, unsigned mask, int lanes, uint32_t bytes) {
     uint32_t words[32][32];
@@ -1476,8 +1555,14 @@ void throw_error(const Fiber& fiber, Site site, const std::string& what) {
 
 std::mutex state_mutex;
 Settings current_settings;
+std::vector<Memory> current_memory;
 std::map<std::string, Counters> kernel_counters;
 auto& idle_blocks = *new std::vector<std::unique_ptr<Block>>;  // the process's end frees them
+
+std::vector<Memory> known_memory() {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  return current_memory;
+}
 
 std::unique_ptr<Block> take_block() {
   std::lock_guard<std::mutex> lock(state_mutex);
@@ -1498,6 +1583,8 @@ void give_back(std::unique_ptr<Block> block) {
   total.copies += more.copies;
   total.shared_accesses += more.shared_accesses;
   total.bank_conflicts += more.bank_conflicts;
+  total.loads += more.loads;
+  total.stores += more.stores;
   if (idle_blocks.size() < kMostWorkers) idle_blocks.push_back(std::move(block));
 }
 
@@ -1586,11 +1673,16 @@ void check_matrix_row(const void* row, const char* name, Site site) {
   self().block->check(row, 16, Access::read, name, site);
 }
 
-void check_global(const void* p, size_t bytes, const char* name, Site site) {
+void check_global(const void* p, size_t bytes, Access access, const char* name, Site site) {
   if (p == nullptr) fail(site, "%s: the address is null", name);
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
     fail(site, "%s: %zu bytes at an address that is not a multiple of %zu", name, bytes, bytes);
   }
+  Block& block = *self().block;
+  if (block.memory.empty() && !block.settings.count_memory) return;
+  const Unseen unseen;
+  if (!block.memory.empty()) block.require_within_memory(p, bytes, name, site);
+  if (block.settings.count_memory) block.note_memory_request(p, bytes, access, site);
 }
 
 void copy_async(void* to, const void* from, bool valid, Site site) {
@@ -1774,6 +1866,17 @@ std::map<std::string, Counters> counters() {
 void reset_counters() {
   std::lock_guard<std::mutex> lock(state_mutex);
   kernel_counters.clear();
+}
+
+void add_memory(const void* begin, size_t bytes, const std::string& name) {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  current_memory.push_back({reinterpret_cast<uintptr_t>(begin), bytes, name});
+}
+
+void remove_memory(const void* begin) {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  const auto is_it = [&](const Memory& one) { return one.begin == reinterpret_cast<uintptr_t>(begin); };
+  current_memory.erase(std::remove_if(current_memory.begin(), current_memory.end(), is_it), current_memory.end());
 }
 
 std::vector<Wait> waits() {
