@@ -90,7 +90,9 @@ class Call:
             results = self.function(*self.arguments)
             results = (results,) if isinstance(results, Tensor) else tuple(results)
             if len(results) != len(self.names):
-                raise ValueError(f"{self.rung.task.name} has to return {', '.join(self.names)}, not {len(results)} tensors")
+                raise ValueError(
+                    f"{self.rung.task.name} has to return {', '.join(self.names)}, not {len(results)} tensors"
+                )
         self.outputs = dict(zip(self.names, results, strict=True))
 
 
