@@ -1,7 +1,7 @@
 """Causal attention as its formula reads, in three kernels: scores, softmax, weighted sum of values.
 
-Between them lies the (T, T) matrix of scores, and then of probabilities, in memory. Products are made in fp32, exactly,
-which tensor cores cannot do: they run on the ordinary cores, a multiplication and addition at a time.
+Between them lies the (T, T) matrix of scores, and then of probabilities, in memory. Products are made in fp32,
+exactly, which tensor cores cannot do: they run on the ordinary cores, a multiplication and addition at a time.
 
 Moves: 16 bytes for each pair of a query and a key, the matrix being written and read twice, and tiles of q, k and v.
 
@@ -9,7 +9,7 @@ Last rung: there is none.
 
 Gains: it is right.
 
-Promise: store bytes >= 4194304
+Promise: store bytes >= 1048576
 Promise: tensor-core instructions == 0
 """
 
@@ -70,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     s = q.new_empty(B, H, T, T, dtype=torch.float32)
     tiles, rows, BLOCK_N = triton.cdiv(T, 64), B * H * T, triton.next_power_of_2(T)
     BLOCK_M = max(1, 8192 // BLOCK_N)
-    _scores_kernel[(tiles, tiles, B * H)](s, q, k, T, scale, D=D, BLOCK=64, num_warps=8)
+    _scores_kernel[(tiles, tiles, B * H)](s, q, k, T, scale, D=D, BLOCK=64, num_warps=8, num_stages=1)
     _softmax_kernel[(triton.cdiv(rows, BLOCK_M),)](s, lse, rows, T, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=8)
-    _values_kernel[(tiles, B * H)](o, s, v, T, D=D, BLOCK=64, num_warps=8)
+    _values_kernel[(tiles, B * H)](o, s, v, T, D=D, BLOCK=64, num_warps=8, num_stages=1)
     return o, lse

@@ -1,17 +1,19 @@
 """Causal attention in powers of two.
 
-A GPU has an instruction for 2^x, not for e^x: exp(x) is 2^(x * log2(e)), a multiplication more. The scores are multiplied
-by the scale anyway. So log2(e) goes into the scale, once and for all, and maxima and sums are kept in powers of two.
+A GPU has an instruction for 2^x, not for e^x: exp(x) is 2^(x * log2(e)), a multiplication more. The scores are
+multiplied by the scale anyway. So log2(e) goes into the scale, once and for all, and maxima and sums are kept in
+powers of two.
 
 Moves: as before.
 
-Last rung: an exponential of each score took two instructions. While tensor cores do the products, the ordinary cores have
-the softmax to do, and it is they who are late.
+Last rung: an exponential of each score took two instructions. While tensor cores do the products, the ordinary cores
+have the softmax to do, and it is they who are late.
 
 Gains: a multiplication less for each score.
 
 Promise: multiplications <= 0.75 x 04_causal_skip
 Promise: dots == 1 x 04_causal_skip
+Promise: async copies == 0
 """
 
 import torch
@@ -20,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
+
 
 @triton.jit
 def _attention_kernel(
@@ -55,6 +58,6 @@ def _attention_kernel(
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, H, T, D = q.shape
     o, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
-    blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}
+    blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
     _attention_kernel[(triton.cdiv(T, 64), B * H)](o, lse, q, k, v, T, scale * LOG2_E, D=D, **blocks)
     return o, lse

@@ -1,7 +1,8 @@
 """Layer norm's backward in two kernels, one along the rows and one along the columns.
 
-The gradient of x is a matter of each row: dx = (g - mean(g) - x_hat * mean(g * x_hat)) * rstd, with g = dy * weight. Those
-of weight and bias are sums over all rows, of dy * x_hat and of dy, and here a program has 32 columns and walks down them.
+The gradient of x is a matter of each row: dx = (g - mean(g) - x_hat * mean(g * x_hat)) * rstd, with g = dy * weight.
+Those of weight and bias are sums over all rows, of dy * x_hat and of dy, and here a program has 32 columns and walks
+down them.
 
 Moves: 20 bytes read an element, dy and x twice and weight once for each row, and 4 written.
 

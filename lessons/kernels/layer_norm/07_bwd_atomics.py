@@ -6,8 +6,8 @@ Moves: 12 bytes read an element and 4 written; 2 atomic additions.
 
 Last rung: it read dy and x twice.
 
-Gains: two of five reads. The price: numbers that are zeroed before, M additions that wait for each other at each of them,
-and an order of additions, so last bits, that differ from run to run.
+Gains: two of five reads. The price: numbers that are zeroed before, M additions that wait for each other at each of
+them, and an order of additions, so last bits, that differ from run to run.
 
 Promise: load bytes <= 0.6 x 06_bwd_by_columns
 Promise: atomics == 32768

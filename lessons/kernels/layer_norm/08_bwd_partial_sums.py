@@ -1,9 +1,10 @@
-"""Layer norm's backward with partial sums: some programs take all rows in turn, and a second kernel adds up what they have.
+"""Layer norm's backward with partial sums of a few programs, which a second kernel adds up.
 
-A few programs for each multiprocessor, no more, take one tile of rows after the other. Each keeps the sums for dweight and
-dbias of its rows in registers, and leaves them in a line of its own when it is done.
+A few programs for each multiprocessor, no more, take one tile of rows after the other. Each keeps the sums for
+dweight and dbias of its rows in registers, and leaves them in a line of its own when it is done.
 
-Moves: 8 bytes read an element and 4 written; for each program weight, and two lines of sums that are written and read.
+Moves: 8 bytes read an element and 4 written; for each program weight, and two lines of sums that are written and
+read.
 
 Last rung: it had 2 atomic additions for each element of x, and other last bits each time.
 

@@ -1,7 +1,7 @@
 """Layer norm's backward as fastgpt ships it: triton_kernels/layer_norm.py.
 
-Moves: 8 bytes read an element and 4 written, and two lines of sums for each program; rows beyond 8192 elements take two
-kernels in passes.
+Moves: 8 bytes read an element and 4 written, and two lines of sums for each program; rows beyond 8192 elements take
+two kernels in passes.
 
 Last rung: a long row spilled.
 

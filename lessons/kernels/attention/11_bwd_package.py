@@ -2,15 +2,14 @@
 
 Moves: as before, in tiles of 128 keys for dk and dv, and of 128 queries for dq.
 
-Last rung: every tile carried the mask; small tiles read their counterparts often; exponentials took an instruction more
-than in powers of two.
+Last rung: every tile carried the mask; small tiles read their counterparts often; exponentials took an instruction
+more than in powers of two.
 
-Gains: fewer reads, masks only where the diagonal or an end cuts a tile, exp2; tiles by GPU generation and head size, dropout,
-any strides, bf16 and fp32.
+Gains: fewer reads, masks only where the diagonal or an end cuts a tile, exp2; tiles by GPU generation and head size,
+dropout, any strides, bf16 and fp32.
 
 Promise: atomics == 0
-Promise: load bytes <= 0.8 x 09_bwd_split
-Promise: programs <= 0.6 x 09_bwd_split
+Promise: load bytes <= 0.8 x 10_bwd_split
 Promise: tensor-core instructions >= 1
 Promise: spilled bytes == 0
 """

@@ -1,20 +1,20 @@
 """Attention's backward in one kernel that never writes a matrix down.
 
-A program has 64 keys and walks over the queries that see them, 64 at a time; dk and dv gather in registers. What a tile
-gives to dq is added to that of other programs by atomic operations, in fp32.
+A program has 64 keys and walks over the queries that see them, 64 at a time; dk and dv gather in registers. What a
+tile gives to dq is added to that of other programs by atomic operations, in fp32.
 
-Moves: k, v, dk and dv once; q, do and o once for each tile of keys; and T * D atomic additions for each tile of keys, half
-of them where it is causal.
+Moves: k, v, dk and dv once; q, do and o once for each tile of keys; and T * D atomic additions for each tile of keys,
+half of them where it is causal.
 
 Last rung: p and ds went through memory, five times in all, and tiles above the diagonal were computed.
 
 Gains: nothing of (T, T) in memory, and 5 products only for tiles on or below the diagonal. The price: dq is cleared
 before and rounded after, atomic additions queue up where programs meet, and its last bits differ from run to run.
 
-Promise: dots == 0.5625 x 07_bwd_matrices
-Promise: load bytes <= 0.5 x 07_bwd_matrices
-Promise: store bytes <= 0.1 x 07_bwd_matrices
-Promise: atomics == 294912
+Promise: dots == 0.625 x 08_bwd_matrices
+Promise: load bytes <= 0.25 x 08_bwd_matrices
+Promise: store bytes <= 0.2 x 08_bwd_matrices
+Promise: atomics == 81920
 """
 
 import torch

@@ -1,17 +1,17 @@
 """Attention's backward in two kernels: one owns keys, the other queries.
 
-The first walks over queries for dk and dv, the second over keys for dq. Both make the tiles of p and ds for themselves.
-sum(do * o), which each query needs in both, is made once, in a small kernel before.
+The first walks over queries for dk and dv, the second over keys for dq. Both make the tiles of p and ds for
+themselves. sum(do * o), which each query needs in both, is made once, in a small kernel before.
 
 Moves: q, do and two numbers a query once for each tile of keys, k and v once for each tile of queries, the rest once.
 
 Last rung: an atomic addition for each number of dq and each tile of keys.
 
-Gains: no atomics, and the same bits each time. The price: 7 products a tile where 5 would do. Whether that is faster, too,
-only a GPU can say; it is what the package does, since a run that can be repeated is worth more.
+Gains: no atomics, and the same bits each time. The price: 7 products a tile where 5 would do. Whether that is faster,
+too, only a GPU can say; it is what the package does, since a run that can be repeated is worth more.
 
 Promise: atomics == 0
-Promise: dots == 1.4 x 08_bwd_atomics
+Promise: dots <= 1.41 x 09_bwd_atomics
 Promise: tensor-core instructions >= 1
 Promise: spilled bytes == 0
 """
@@ -62,9 +62,7 @@ def _dkdv_kernel(
 
 
 @triton.jit
-def _dq_kernel(
-    dq_ptr, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, T, scale, D: tl.constexpr, BLOCK: tl.constexpr
-):
+def _dq_kernel(dq_ptr, do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, T, scale, D: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK
     queries = first + tl.arange(0, BLOCK)

@@ -1,17 +1,17 @@
 """Attention's backward with its matrices in memory, in three kernels.
 
-With p = exp(scale * q k^T - lse), which lse makes again without a maximum or a sum: dv = p^T do, dp = do v^T,
-ds = p * (dp - sum(do * o)), dq = scale * ds k, dk = scale * ds^T q. The first kernel leaves p and ds in memory, fp16
+With p = exp(scale * q k^T - lse), which lse makes again without a maximum or a sum: dv = p^T do, dp = do v^T, ds = p
+* (dp - sum(do * o)), dq = scale * ds k, dk = scale * ds^T q. The first kernel leaves p and ds in memory, fp16
 matrices of (T, T); the second walks down their columns for dk and dv, the third along their rows for dq.
 
-Moves: 10 bytes for each pair of a query and a key (p and ds are written once, and 3 of the two are read), and tiles of the
-rest.
+Moves: 10 bytes for each pair of a query and a key (p and ds are written once, and 3 of the two are read), and tiles
+of the rest.
 
 Last rung: there is none for the backward.
 
 Gains: it is right, with the fewest products that there can be: 5 for each tile.
 
-Promise: dots == 640
+Promise: dots == 160
 Promise: atomics == 0
 """
 
