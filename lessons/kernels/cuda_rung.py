@@ -137,7 +137,13 @@ def run(rung: Rung, problem: Problem, *, count: bool = False, order: str = "skew
     with emulator.schedule(order, copies, count_banks=count, count_memory=count) as module:
         module.reset_counters()
         call()
-        return Execution(call.outputs, _counts(module.counters().values()) if count else {})
+        launched = module.counters()
+        _launched[rung.path] = set(launched)
+        return Execution(call.outputs, _counts(launched.values()) if count else {})
+
+
+# Of the kernels in a rung's file those that its function has launched, by the emulator's names for them.
+_launched: dict[Path, set[str]] = {}
 
 
 def _counts(kernels: Iterable[Any]) -> dict[str, float]:
@@ -260,15 +266,27 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 def resources(rung: Rung) -> dict[str, float]:
     """By nvcc, for this machine's GPU or else for an H100.
 
-    The most registers of a thread, and bytes of shared memory (but for those that a launch states), that one of its
-    kernels takes; and the bytes that spill, of all of them.
+    Of those kernels that it was seen to launch, else of all in the file: the most registers of a thread, and bytes of
+    shared memory (but for those that a launch states), that one of them takes; and the bytes that they spill.
 
     Raises:
         RungError: there is no nvcc, or it does not compile.
     """
     said = _built(rung, [*_nvcc(), "-cubin"], [], ".cubin")[1]
+    parts = re.split(r"Compiling entry function '(\w+)'", said)[1:]
+    kernels = {_kernel_name(symbol): text for symbol, text in zip(parts[::2], parts[1::2], strict=True)}
+    launched = _launched.get(rung.path, set()) & kernels.keys() or kernels.keys()
+    said = "".join(kernels[name] for name in launched)
     return {
         "registers": max((int(n) for n in _USED.findall(said)), default=0),
         "spilled bytes": sum(int(stores) + int(loads) for stores, loads in _SPILLED.findall(said)),
         "static shared bytes": max((int(n) for n in _SHARED.findall(said)), default=0),
     }
+
+
+def _kernel_name(symbol: str) -> str:
+    """The emulator's name for a kernel of that linker name: "softmax_fwd_kernel<float, 4>"."""
+    plain = torch._C._demangle(symbol).replace("(anonymous namespace)::", "")
+    plain = re.sub(r"\((?:int|bool|unsigned int|long)\)", "", plain.removeprefix("void ").partition(">(")[0])
+    name, bracket, arguments = plain.partition("(")[0].partition("<")
+    return f"{name.rpartition('::')[2]}{bracket}{arguments}{'>' if bracket else ''}"

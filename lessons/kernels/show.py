@@ -12,30 +12,24 @@ from rich.text import Text
 from fastgpt.benchmarks.units import digits, percent, quantity
 from lessons.kernels.climb import Outcome, language
 
-WIDTH = 160  # of a table that is written to a file
+WIDTH = 180  # of a table that is written to a file
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
-    """A row for each rung; a column for each counter that is not zero everywhere, and for the times of a GPU."""
-    names = _columns(outcomes)
+    """A column for each rung, and a line for each counter that is not zero everywhere, and for the times of a GPU."""
     result = Table(title=_title(outcomes), title_justify="left", pad_edge=False)
-    result.add_column("rung", no_wrap=True)
-    result.add_column("result", no_wrap=True)
-    for name in names:
-        result.add_column(name, justify="right")
-    result.add_column("promises", justify="right")
+    result.add_column("", no_wrap=True)
     for outcome in outcomes:
-        values = {**outcome.counts, **outcome.times}
-        result.add_row(
-            outcome.rung.stem,
-            Text("right", "green") if outcome.right else Text("wrong", "bold red"),
-            *(_number(name, values[name]) if name in values else "" for name in names),
-            f"{sum(outcome.promises.values())} of {len(outcome.rung.header.promises)}",
-        )
+        result.add_column(outcome.rung.stem, justify="right")
+    result.add_row("result", *(Text("right", "green") if one.right else Text("wrong", "bold red") for one in outcomes))
+    for name in _names(outcomes):
+        values = [{**one.counts, **one.times}.get(name) for one in outcomes]
+        result.add_row(name, *("" if value is None else _number(name, value) for value in values))
+    result.add_row("promises kept", *(f"{sum(one.promises.values())} of {len(one.promises)}" for one in outcomes))
     return result
 
 
-def _columns(outcomes: Sequence[Outcome]) -> list[str]:
+def _names(outcomes: Sequence[Outcome]) -> list[str]:
     all_values = [{**outcome.counts, **outcome.times} for outcome in outcomes]
     names = dict.fromkeys(name for values in all_values for name in values)
     return [name for name in names if any(values.get(name) for values in all_values)]
