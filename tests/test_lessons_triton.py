@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -334,6 +335,7 @@ def test_what_is_never_written_is_wrong_even_where_memory_holds_the_right_result
     triton_rung.run(own(), small)
     (wrong,) = small.judge(triton_rung.run(own("mask=cols < N)", "mask=cols < N - 1)"), small).outputs)
     assert (wrong.output, wrong.element, wrong.count) == ("y", (0, 19), 3)
+    assert math.isnan(wrong.got)
 
 
 @pytest.mark.parametrize(
