@@ -1,7 +1,11 @@
-"""How far a result is from the truth, and how far it may be: the arithmetic of the error rule (tests/error_rule.py)."""
+"""How far a result is from the truth, and how far it may be: the arithmetic of the error rule (tests/error_rule.py).
+
+And memory that does not pass for a result: ``poisoned_memory``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 
@@ -54,6 +58,25 @@ def relative_error(got: Tensor, true: Tensor) -> float:
 def largest_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """The largest ``relative_error`` of several tensors."""
     return max(relative_error(mine, true) for mine, true in zip(got, truth, strict=True))
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Every tensor made by torch.empty and its kin comes out as NaN (the largest number, for integers).
+
+    A kernel that leaves an element of its output unwritten, or adds to memory that it never cleared, then fails
+    instead of passing on the zeros, or the right results, that memory often holds.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def _chunks(got: Tensor, true: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,6 +21,7 @@ if INTERPRETING:
     os.environ["FASTGPT_EMULATE"] = "1"
 
 from fastgpt import dispatch  # noqa: E402 (Triton's environment comes first)
+from fastgpt.benchmarks.errors import poisoned_memory  # noqa: E402
 from fastgpt.dispatch import Entry  # noqa: E402
 
 
@@ -100,16 +101,5 @@ def own_table(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Entry]]:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Every tensor made by torch.empty and its kin comes out as NaN (the largest number, for integers).
-
-    A kernel that leaves an element of its output unwritten, or adds to memory that it never cleared, then fails
-    instead of passing on the zeros that fresh memory often holds.
-    """
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    with poisoned_memory():
+        yield

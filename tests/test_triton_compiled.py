@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 import triton
-from triton_compile import SHARED_LIMIT
 from triton_matrix import MARK, Accesses, Kernel, Report, cases, document
 
 import fastgpt.triton_kernels
+from fastgpt.triton_kernels.compiled import SHARED_LIMIT
 
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "kernels.md"

@@ -36,7 +36,6 @@ import triton.language as tl
 from torch import dtype as Dtype
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
-from triton_compile import MULTIPROCESSORS, Compiled, compiling_for
 
 from fastgpt.triton_kernels import (
     adamw,
@@ -51,6 +50,7 @@ from fastgpt.triton_kernels import (
     linear_cross_entropy,
     softmax,
 )
+from fastgpt.triton_kernels.compiled import MULTIPROCESSORS, Compiled, compiling_for
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
