@@ -1,9 +1,10 @@
-"""Triton rungs: run and counted in Triton's interpreter or run on a GPU, and compiled without one.
+"""Triton rungs: counted in Triton's interpreter, run on a GPU or in the interpreter, and compiled without a GPU.
 
-Triton asks for TRITON_INTERPRET when it decorates a kernel, so that a process either interprets or compiles. Rungs run in
-this one; they are compiled in another, which is this file run by itself:
+Triton asks for TRITON_INTERPRET when it decorates a kernel, so that a process either interprets or compiles. What this
+process cannot do, another does, which is this file run by itself:
 
-    python -m lessons.kernels.triton_rung 90 lessons/kernels/softmax/05_rows_together.py
+    TRITON_INTERPRET=1 python -m lessons.kernels.triton_rung lessons/kernels/softmax/05_rows_together.py
+    TRITON_INTERPRET=0 python -m lessons.kernels.triton_rung --arch 90 lessons/kernels/softmax/05_rows_together.py
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastgpt.benchmarks.errors import poisoned_memory
 from fastgpt.triton_kernels import launch
@@ -50,12 +54,19 @@ COMPILED = {
     "multiplications": "instructions that multiply in fp32, with an addition or without",
 }
 COUNTERS = (*INTERPRETED, *COMPILED)
+# What the figure of a climb shows.
+CLIMBED = ("load bytes", "load sectors", "programs", "atomics", "dots", "load width", "multiplications")
 
 _TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 _MULTIPLY = ("mul.f32", "mul.rn.f32", "mul.f32x2", "fma.rn.f32", "fma.rn.f32x2")
 
-# What the compiler made of a rung, by its file, or why it did not.
-_compiled: dict[Path, Counts | str] = {}
+# What other processes answered, by the question and a rung's file: counters, or what is wrong.
+_answers: dict[tuple[str, Path], Counts | str] = {}
+
+
+def counting_device() -> torch.device:
+    """Where rungs are held to small problems: a GPU, or a CPU in the interpreter."""
+    return torch.device("cpu" if interpreting() else "cuda")
 
 
 def counted_sizes(task: Task) -> Sizes:
@@ -63,7 +74,7 @@ def counted_sizes(task: Task) -> Sizes:
 
     Of attention that means sequences where a causal mask begins to hide whole tiles of 64 or 128 queries.
     """
-    return {**task.counted, **({"M": 16} if "M" in task.counted else {"T": 512})}
+    return {**task.counted, **({"M": 16} if "M" in task.counted else {"T": 256})}
 
 
 class Call:
@@ -90,61 +101,57 @@ class Call:
             results = self.function(*self.arguments)
             results = (results,) if isinstance(results, Tensor) else tuple(results)
             if len(results) != len(self.names):
-                raise ValueError(f"{self.rung.task.name} has to return {', '.join(self.names)}, not {len(results)} tensors")
+                raise ValueError(
+                    f"{self.rung.task.name} has to return {', '.join(self.names)}, not {len(results)} tensors"
+                )
         self.outputs = dict(zip(self.names, results, strict=True))
 
 
 def run(rung: Rung, problem: Problem, *, count: bool = False) -> Execution:
-    """Run a rung once, on a GPU or in the interpreter; tensors that it makes start out as NaN.
+    """Run a rung once, where the problem is: on a GPU or in the interpreter. Tensors that it makes start out as NaN.
 
     Args:
-        count: in the interpreter, count what it does.
+        count: add the counters of ``INTERPRETED``; on a GPU as the interpreter, in another process, found them.
 
     Raises:
-        RungError: it cannot be loaded or run, or there is neither a GPU nor the interpreter.
+        RungError: it cannot be loaded or run.
     """
     call = Call(rung, problem)
     if not interpreting():
-        if not torch.cuda.is_available():
-            raise RungError("there is no GPU, and Triton's interpreter is off: set TRITON_INTERPRET=1")
         with poisoned_memory():
             call()
         torch.cuda.synchronize()
-        return Execution(call.outputs)
-    # The package's kernels take smaller tiles in the interpreter, which has no use for large ones; here they are to take
-    # those of a GPU. And NumPy speaks up where a GPU would give an infinity without a word.
+        return Execution(call.outputs, _told("counted", rung) if count else {})
+    # The package's kernels take small tiles in the interpreter, and here are to take those of a GPU. NumPy would warn
+    # of what a GPU does without a word, such as a division by 0 in a row beyond the last.
     with poisoned_memory(), launch.recording(HOPPER), np.errstate(all="ignore"), counting() as counts:
         call()
     return Execution(call.outputs, counts if count else {})
 
 
 def build(rungs: Sequence[Rung]) -> None:
-    """Compile what was not compiled yet, all in one process; what is wrong with a rung is told by ``resources``."""
-    waiting = [rung.path for rung in rungs if rung.path not in _compiled]
-    if not waiting:
-        return
-    arch = launch.generation(torch.device("cuda")) if torch.cuda.is_available() else HOPPER
-    command = [sys.executable, "-m", "lessons.kernels.triton_rung", str(arch), *map(str, waiting)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RungError(f"the process that compiles Triton kernels failed:\n{done.stderr.rstrip()}")
-    answers = json.loads(done.stdout.splitlines()[-1])
-    _compiled.update(zip(waiting, answers, strict=True))
+    """Have other processes, one for all rungs, do what this one cannot; what is wrong with a rung is told later."""
+    _ask("compiled", rungs, "--arch", str(_arch()))
+    if not interpreting():
+        _ask("counted", rungs)
 
 
 def resources(rung: Rung) -> Counts:
-    """What the compiler made of a rung's kernels, by the names of ``COMPILED``: for the GPU of this machine, else Hopper.
+    """What the compiler made of a rung, by the names of ``COMPILED``: for this machine's GPU, else for Hopper's.
 
     Raises:
         RungError: the compiler's words.
     """
-    build([rung])
-    found = _compiled[rung.path]
-    if isinstance(found, str):
-        raise RungError(found)
-    return found
+    return _told("compiled", rung)
+
+
+def counted(rung: Rung) -> Counts:
+    """What a rung does in the interpreter, which this process has to be using.
+
+    Raises:
+        RungError: what Python or Triton say of it.
+    """
+    return run(rung, Problem(rung.task, counted_sizes(rung.task), torch.device("cpu")), count=True).counts
 
 
 def compiled(rung: Rung, arch: int) -> dict[str, int]:
@@ -162,6 +169,39 @@ def compiled(rung: Rung, arch: int) -> dict[str, int]:
     if not kernels:
         raise RungError(f"{rung.path.name} launches no Triton kernel")
     return _summary(kernels)
+
+
+def _arch() -> int:
+    return launch.generation(torch.device("cuda")) if torch.cuda.is_available() else HOPPER
+
+
+def _ask(question: str, rungs: Sequence[Rung], *options: str) -> None:
+    """Fill ``_answers`` for the rungs that have none yet.
+
+    Raises:
+        RungError: the process that was to answer failed.
+    """
+    paths = [rung.path for rung in rungs if (question, rung.path) not in _answers]
+    if not paths:
+        return
+    command = [sys.executable, "-m", "lessons.kernels.triton_rung", *options, *map(str, paths)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if question == "counted" else "0"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RungError(f"the process by which kernels are {question} failed:\n{done.stderr.rstrip()}")
+    answers = json.loads(done.stdout.splitlines()[-1])
+    _answers.update({(question, path): answer for path, answer in zip(paths, answers, strict=True)})
+
+
+def _told(question: str, rung: Rung) -> Counts:
+    answer = _answers.get((question, rung.path))
+    if answer is None:
+        build([rung])
+        answer = _answers[question, rung.path]
+    if isinstance(answer, str):
+        raise RungError(answer)
+    return answer
 
 
 def _summary(kernels: Sequence[Compiled]) -> dict[str, int]:
@@ -194,7 +234,8 @@ def _load(path: Path) -> ModuleType:
         RungError: what Python says of it.
     """
     spec = importlib.util.spec_from_file_location(f"rung_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with _told_of(path):
         spec.loader.exec_module(module)
@@ -221,14 +262,15 @@ def _told_of(path: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print what Triton's compiler makes of rungs, as a line of JSON.")
-    parser.add_argument("arch", type=int, choices=tuple(SHARED_LIMIT), help="the compute capability: 90 for sm_90")
+    parser = argparse.ArgumentParser(description="Print a line of JSON: what is counted of rungs, or compiled of them.")
+    parser.add_argument("--arch", type=int, choices=tuple(SHARED_LIMIT), help="compile for it: 90 for sm_90")
     parser.add_argument("files", type=Path, nargs="+")
     args = parser.parse_args()
     answers: list[Any] = []
     for path in args.files:
         try:
-            answers.append(compiled(read_rung(path), args.arch))
+            rung = read_rung(path)
+            answers.append(compiled(rung, args.arch) if args.arch else counted(rung))
         except RungError as error:
             answers.append(str(error))
     print(json.dumps(answers))

@@ -1,10 +1,11 @@
 """Layer norm with mean and variance from one pass.
 
-The tempting way is to sum x and x * x, and to take the variance as the difference of two means. Where the mean is large
-beside the spread, that difference of two nearly equal numbers has no digits left. Welford's way has: each lane keeps a
-mean and a sum of squared distances from it, and moves both with every element; at the end the lanes' distances from the
-mean of all are added (Welford, "Note on a method for calculating corrected sums of squares and products", 1962; Chan,
-Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979).
+The tempting way is to sum x and x * x, and to take the variance as the difference of two means. Where the mean is
+large beside the spread, that difference of two nearly equal numbers has no digits left. Welford's way has: each lane
+keeps a mean and a sum of squared distances from it, and moves both with every element; at the end the lanes'
+distances from the mean of all are added (Welford, "Note on a method for calculating corrected sums of squares and
+products", 1962; Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+1979).
 
 Moves: 8 bytes of x and 8 of weight and bias read, 4 written an element.
 

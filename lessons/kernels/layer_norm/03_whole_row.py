@@ -1,7 +1,7 @@
 """Layer norm with the whole row in registers.
 
-The block is as wide as the row, padded to a power of two. With the row at hand, mean and variance take two reductions and
-no trick: the definition, as in the first rung.
+The block is as wide as the row, padded to a power of two. With the row at hand, mean and variance take two reductions
+and no trick: the definition, as in the first rung.
 
 Moves: 4 bytes of x and 8 of weight and bias read, 4 written an element; 16 bytes at once for each lane.
 

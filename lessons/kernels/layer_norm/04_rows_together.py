@@ -4,8 +4,8 @@ A tile of rows by columns. Its rows share weight and bias, which a program loads
 
 Moves: 4 bytes of x read and 4 written an element; 8 bytes of weight and bias a column for each tile of 4 rows.
 
-Last rung: each row loaded weight and bias for itself, twice as much as the row. The caches served it, but a load that hits
-a cache is a load, too.
+Last rung: each row loaded weight and bias for itself, twice as much as the row. The caches served it, but a load that
+hits a cache is a load, too.
 
 Gains: half the bytes that are asked for, and a quarter of the programs.
 

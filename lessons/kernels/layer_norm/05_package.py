@@ -4,8 +4,8 @@ Moves: 4 bytes of x read and 4 written an element; rows beyond 16384 elements ta
 
 Last rung: a long row spilled; the mean was as good as one sum in fp32, whose error is squared into the variance.
 
-Gains: no speed on these sizes. The mean of what was centred is the first mean's error, and corrects both mean and variance;
-rows and warps go by the length of a row; half precision, no bias, rows that lie apart.
+Gains: no speed on these sizes. The mean of what was centred is the first mean's error, and corrects both mean and
+variance; rows and warps go by the length of a row; half precision, no bias, rows that lie apart.
 
 Promise: load bytes == 1 x 04_rows_together
 Promise: programs == 1 x 04_rows_together

@@ -1,8 +1,8 @@
 """Softmax, the row cut into a piece for each lane.
 
-A program has one row, and each of its 128 lanes a piece of it that lies side by side, as one would share a row out among
-the cores of a CPU. All lanes walk along their pieces together: for the maximum, for the sum of exponentials, and to write
-the result.
+A program has one row, and each of its 128 lanes a piece of it that lies side by side, as one would share a row out
+among the cores of a CPU. All lanes walk along their pieces together: for the maximum, for the sum of exponentials,
+and to write the result.
 
 Moves: 12 bytes read and 4 written an element are asked for. But the 128 numbers of a load lie a piece apart from each
 other, and memory moves sectors of 32 bytes: in a row of 1024, each number brings seven along that nobody wants yet.
