@@ -1,13 +1,13 @@
 // Exercise 1: a race.
 //
 // Softmax with a block of 128 threads for each row. The threads hand their partial results to each other through shared
-// memory: once for the maximum, once more, through the same array, for the sum. On a GPU the numbers come out right most of
-// the time, for the warps of a block happen to run at nearly the same pace.
+// memory: once for the maximum, once more, through the same array, for the sum. As long as the warps of a block run at
+// nearly the same pace, the numbers come out right.
 //
 // Asked: the same numbers in whatever order the warps run.
 //
-// Hint: the array has a second use. What must every thread have done with the results of the first, before any thread may
-// write for the second?
+// Hint: the array has a second use. What must every thread have done with the results of the first, before any thread
+// may write for the second?
 //
 // Goal: sectors per load request <= 4
 // Goal: load requests <= 6144

@@ -1,12 +1,13 @@
 // Exercise 2: uncoalesced access.
 //
-// Layer norm with a warp for each row. The row is cut into 32 pieces, one for each lane, and each lane walks through its
-// own. So the 32 addresses of one load lie far apart: each is in a sector of its own, of which 4 of 32 bytes are used.
+// Layer norm with a warp for each row. The row is cut into 32 pieces, one for each lane, and each lane walks through
+// its own. So the 32 addresses of one load lie far apart: each is in a sector of its own, of which 4 of 32 bytes are
+// used.
 //
 // Asked: the same numbers from an eighth of the sectors.
 //
-// Hint: which elements should the lanes of a warp take in one and the same turn of the loop? Each lane still takes
-// N / 32 of them, but they need not be neighbours.
+// Hint: which elements should the lanes of a warp take in one and the same turn of the loop? Each lane still takes N /
+// 32 of them, but they need not be neighbours.
 //
 // Goal: sectors per load request <= 4
 // Goal: sectors per store request <= 4

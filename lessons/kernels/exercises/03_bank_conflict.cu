@@ -1,9 +1,9 @@
 // Exercise 3: a bank conflict.
 //
-// Softmax with a thread for each row, and a warp for 32 rows. A thread that walked along its row in global memory would make
-// every load touch 32 sectors. So the warp first copies a tile of 32 x 32 elements into shared memory, each load a piece
-// of one row; then each thread walks along its own row of the tile. There the 32 threads stand in the same column: their
-// addresses lie 32 words apart, all in one of the 32 banks, which serves one of them at a time.
+// Softmax with a thread for each row, and a warp for 32 rows. A thread that walked along its row in global memory would
+// make every load touch 32 sectors. So the warp first copies a tile of 32 x 32 elements into shared memory, each load a
+// piece of one row; then each thread walks along its own row of the tile. There the 32 threads stand in the same
+// column: their addresses lie 32 words apart, all in one of the 32 banks, which serves one of them at a time.
 //
 // Asked: the same numbers, with every access to shared memory served at once.
 //
@@ -21,6 +21,7 @@ using namespace fastgpt::cuda;
 
 constexpr int kTile = 32;
 constexpr int kStride = kTile;  // words from one row of the tile to the next
+constexpr int kWords = kTile * kStride;
 
 // Copies columns `first` and on of 32 rows into the tile, -inf where the matrix ends.
 FASTGPT_PRIM void load_tile(Shared<float> tile, const float* x, int64_t m, int first, int M, int N) {
@@ -32,7 +33,7 @@ FASTGPT_PRIM void load_tile(Shared<float> tile, const float* x, int64_t m, int f
 }
 
 __global__ void softmax_kernel(const float* x, float* y, int M, int N) {
-  SHARED(float, tile, kTile * kStride);
+  SHARED(float, tile, kWords);
   const int64_t m = static_cast<int64_t>(blockIdx.x) * kTile;
   const Shared<float> mine = tile + lane_id() * kStride;
 

@@ -1,15 +1,15 @@
 """Exercise 4: a wrong mask.
 
-Causal attention without the T x T matrix: a program takes a block of queries of one head, walks through the blocks of keys
-that they may see, and keeps a running maximum and sum. Blocks of keys that lie wholly in the future are not read. The
-first block of queries comes out right.
+Causal attention without the T x T matrix: a program takes a block of queries of one head, walks through the blocks
+of keys that they may see, and keeps a running maximum and sum. Blocks of keys that lie wholly in the future are not
+read. The first block of queries comes out right.
 
 Asked: query i sees keys 0 to i, and no other.
 
-Hint: offsets within a block and positions in the sequence are not the same numbers. For which blocks of queries and keys do
-they lead to the same mask?
+Hint: offsets within a block and positions in the sequence are not the same numbers. For which blocks of queries and
+keys do they lead to the same mask?
 
-Goal: dots <= 144
+Goal: dots <= 40
 """
 
 import torch

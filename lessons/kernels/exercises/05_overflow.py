@@ -1,7 +1,8 @@
 """Exercise 5: overflow in exp.
 
-Softmax with a program for each row, which holds the whole row and reads it once. It is the formula as it stands in books,
-and it is right for the small numbers on which one tries a new kernel. Beyond 88.7 the exponential is larger than any fp32.
+Softmax with a program for each row, which holds the whole row and reads it once. It is the formula as it stands in
+books, and it is right for the small numbers on which one tries a new kernel. Beyond 88.7 the exponential is larger
+than any fp32.
 
 Asked: the same for x of any size, from one read of x.
 

@@ -1,11 +1,11 @@
 // Exercise 6: lost precision.
 //
-// Layer norm with a warp for each row, which sums x and its square in one pass and takes the variance as
-// mean(x^2) - mean(x)^2. On paper that is the variance. In fp32 the two terms each have 24 bits, and where the mean is large
-// beside the deviations they agree in most of those; the difference is made of what rounding left.
+// Layer norm with a warp for each row, which sums x and its square in one pass and takes the variance as mean(x^2) -
+// mean(x)^2. On paper that is the variance. In fp32 the two terms each have 24 bits, and where the mean is large beside
+// the deviations they agree in most of those; the difference is made of what rounding left.
 //
-// Asked: a variance that is good to fp32's last bits, also where the mean is 1000 and the deviation 1. x may be read once
-// more.
+// Asked: a variance that is good to fp32's last bits, also where the mean is 1000 and the deviation 1. x may be read
+// once more.
 //
 // Hint: numbers that are centred before they are squared have nothing to cancel.
 //

@@ -1,9 +1,9 @@
 // Exercise 1, solved: a race.
 //
-// Answer: A barrier before the first write. When a thread leaves `combined` it has read shared[0]; another, a warp ahead, may by
-// then have entered it again and written its own number there. No barrier lay between that read and that write. A copy of
-// the result in a register does not help: it is the read of it that has to be done. (A barrier after the read is as
-// good, and an array for each use does without.)
+// Answer: A barrier before the first write. When a thread leaves `combined` it has read shared[0]; another, a warp
+// ahead, may by then have entered it again and written its own number there. No barrier lay between that read and that
+// write. A copy of the result in a register does not help: it is the read of it that has to be done. (A barrier after
+// the read is as good, and an array for each use does without.)
 //
 // Goal: sectors per load request <= 4
 // Goal: load requests <= 6144

@@ -1,7 +1,8 @@
 // Exercise 2, solved: uncoalesced access.
 //
-// Answer: Lane l takes elements l, l + 32, l + 64 and so on. The 32 addresses of a load then follow on each other: 128 bytes in
-// 4 sectors, each used to the last byte. Who adds up which elements makes no difference to the sum but its rounding.
+// Answer: Lane l takes elements l, l + 32, l + 64 and so on. The 32 addresses of a load then follow on each other: 128
+// bytes in 4 sectors, each used to the last byte. Who adds up which elements makes no difference to the sum but its
+// rounding.
 //
 // Goal: sectors per load request <= 4
 // Goal: sectors per store request <= 4

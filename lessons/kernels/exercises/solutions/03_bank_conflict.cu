@@ -1,8 +1,8 @@
 // Exercise 3, solved: a bank conflict.
 //
-// Answer: One word of padding for each row of the tile. Element (row, i) now lies in bank (33 * row + i) % 32 = (row + i) % 32: the
-// 32 rows of a column are in 32 banks, and so are the 32 columns of a row. It costs 128 bytes. (Where there is no room
-// for padding, a swizzle does the same: column i of a row is kept at i ^ row.)
+// Answer: One word of padding for each row of the tile. Element (row, i) now lies in bank (33 * row + i) % 32 = (row +
+// i) % 32: the 32 rows of a column are in 32 banks, and so are the 32 columns of a row. It costs 128 bytes. (Where
+// there is no room for padding, a swizzle does the same: column i of a row is kept at i ^ row.)
 //
 // Goal: bank conflicts == 0
 // Goal: sectors per load request <= 4
@@ -16,6 +16,7 @@ using namespace fastgpt::cuda;
 
 constexpr int kTile = 32;
 constexpr int kStride = kTile + 1;  // words from one row of the tile to the next
+constexpr int kWords = kTile * kStride;
 
 // Copies columns `first` and on of 32 rows into the tile, -inf where the matrix ends.
 FASTGPT_PRIM void load_tile(Shared<float> tile, const float* x, int64_t m, int first, int M, int N) {
@@ -27,7 +28,7 @@ FASTGPT_PRIM void load_tile(Shared<float> tile, const float* x, int64_t m, int f
 }
 
 __global__ void softmax_kernel(const float* x, float* y, int M, int N) {
-  SHARED(float, tile, kTile * kStride);
+  SHARED(float, tile, kWords);
   const int64_t m = static_cast<int64_t>(blockIdx.x) * kTile;
   const Shared<float> mine = tile + lane_id() * kStride;
 

@@ -1,10 +1,10 @@
 """Exercise 4, solved: a wrong mask.
 
-Answer: The mask compares positions in the sequence, offs_m and offs_n. Within a block the offsets of queries and keys agree with
-them only where both blocks start at the same place, on the diagonal; the keys before it are all in the past, and the
-mask of the offsets hid half of those.
+Answer: The mask compares positions in the sequence, offs_m and offs_n. Within a block the offsets of queries and
+keys agree with them only where both blocks start at the same place, on the diagonal; the keys before it are all in
+the past, and the mask of the offsets hid half of those.
 
-Goal: dots <= 144
+Goal: dots <= 40
 """
 
 import torch

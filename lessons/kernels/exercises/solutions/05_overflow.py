@@ -1,7 +1,7 @@
 """Exercise 5, solved: overflow in exp.
 
-Answer: The row's maximum is taken off before the exponential. The largest exponent is then 0, the sum between 1 and N, and what
-underflows to 0 is too small to show. It takes no further read: the row is at hand.
+Answer: The row's maximum is taken off before the exponential. The largest exponent is then 0, the sum between 1 and
+N, and what underflows to 0 is too small to show. It takes no further read: the row is at hand.
 
 Goal: load bytes <= 65536
 """

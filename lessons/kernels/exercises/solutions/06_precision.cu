@@ -1,7 +1,8 @@
 // Exercise 6, solved: lost precision.
 //
-// Answer: A second pass: first the mean, then the mean of (x - mean)^2. Each term is small where the variance is, so its rounding
-// is small, too. The price is a read of x that mostly comes from the cache; a kernel that keeps the row in registers pays nothing.
+// Answer: A second pass: first the mean, then the mean of (x - mean)^2. Each term is small where the variance is, so
+// its rounding is small, too. The price is a read of x that mostly comes from the cache; a kernel that keeps the row in
+// registers pays nothing.
 //
 // Goal: load requests <= 10240
 // Goal: sectors per load request <= 4
