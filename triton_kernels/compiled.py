@@ -103,12 +103,6 @@ class Compiled:
         """Count the stores by the bytes that a thread stores at once."""
         return _accesses(self.ptx, "st")
 
-    def wide_loads(self) -> int:
-        return sum(n for size, n in self.global_loads().items() if size >= 16)
-
-    def narrow_loads(self) -> int:
-        return sum(n for size, n in self.global_loads().items() if size < 16)
-
 
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[Compiled]]:
