@@ -90,6 +90,24 @@ def test_doing_nothing_is_not_enough_either(name, edited):
     test_doing_nothing_is_not_enough(name, edited)
 
 
+UNSEEN = r"the kernels were seen to load and store (\d+) bytes, and this takes at least (\d+): "
+
+
+def test_pytorch_may_not_do_the_work(edited):
+    """What no kernel of the file does is not counted, and would reach any goal."""
+    file = edited(SOLUTIONS / "05_overflow.py", LAUNCH[".py"], "    y = torch.softmax(x, -1)\n")
+    (fault,) = check.check(file)
+    assert re.match(UNSEEN, fault).groups() == ("0", str(2 * 4 * 16 * 1024))
+
+
+@pytest.mark.full
+def test_a_plain_access_is_not_enough(edited):
+    file = edited(FOLDER / "02_uncoalesced.cu", r'#include "tasks.h"', '#include "tasks.h"\n#define ldg *')
+    unseen, missed = check.check(file)
+    assert re.match(UNSEEN, unseen)
+    assert missed.startswith("missed: sectors per store request")
+
+
 def test_a_right_kernel_that_does_too_much_misses_its_goal(edited):
     """One that does not skip what lies in the future: 4 x 4 blocks of 2 heads, 2 products each."""
     (fault,) = check.check(edited(SOLUTIONS / "04_wrong_mask.py", r"tl\.minimum\(first \+ BLOCK_M, T\)", "T"))
