@@ -23,6 +23,7 @@ from rich.table import Table
 
 import fastgpt
 from fastgpt import dispatch, distributed
+from fastgpt.attention_maps import draw_attention
 from fastgpt.benchmarks.compare import THRESHOLD, compare
 from fastgpt.benchmarks.result import load
 from fastgpt.checkpoint import find_checkpoint, load_model, read_config
@@ -322,7 +323,7 @@ def prepare_data(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# fastgpt sample, eval, explain
+# fastgpt sample, attention, eval, explain
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +406,25 @@ def _stream(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command()
+def attention(
+    run: _RunArgument,
+    prompt: Annotated[str, typer.Option(help="the text to be read; \\n is a new line")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="the folder to write")] = Path("attention"),
+    layer: Annotated[int | None, typer.Option(help="this one alone, counted from 0")] = None,
+    head: Annotated[int | None, typer.Option(help="this one alone, counted from 0")] = None,
+    checkpoint: _CheckpointOption = "best",
+    device: _DeviceOption = "auto",
+) -> None:
+    """Draw what each token of a text looks at, a PNG per layer and head."""
+    where = pick_device(device)
+    choice = pick_backend("", where, torch.float32)
+    model, tokenizer, _, _ = load_model(run, checkpoint)
+    with choice:
+        for path in draw_attention(model.to(where), tokenizer, _unescape(prompt), out, where, layer=layer, head=head):
+            print(path)
 
 
 @app.command("eval")

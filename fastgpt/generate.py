@@ -137,18 +137,30 @@ def generate_texts(
         UserError: as ``generate``; a prompt or stop string that is empty or not UTF-8, a character that the vocabulary
             lacks.
     """
-    if not all(prompts):
-        raise UserError("a prompt must have at least one character")
-    if not all(stop):
-        raise UserError("a stop string must have at least one character")
-    try:
-        "".join((*prompts, *stop)).encode()
-    except UnicodeEncodeError as error:  # bytes of a command line that are no character
-        raise UserError("a prompt or stop string must be UTF-8") from error
-    rows = [torch.from_numpy(tokenizer.encode(prompt)) for prompt in prompts]
+    _check_texts("stop string", stop)
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T)
     tokens = generate(model, idx, num_tokens, lengths=[len(row) for row in rows], **settings)
     return _pieces(tokens, tokenizer, [_UntilStop(stop) for _ in prompts])
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
+    """The tokens of a prompt, (T,), int64, T at least 1.
+
+    Raises:
+        UserError: it is empty or not UTF-8, or has a character that the vocabulary lacks.
+    """
+    _check_texts("prompt", [prompt])
+    return torch.from_numpy(tokenizer.encode(prompt))
+
+
+def _check_texts(what: str, texts: Sequence[str]) -> None:
+    if not all(texts):
+        raise UserError(f"a {what} must have at least one character")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are no character
+        raise UserError(f"a {what} must be UTF-8") from error
 
 
 def _pieces(tokens: Iterator[Tensor], tokenizer: Tokenizer, texts: list[_UntilStop]) -> Iterator[list[str]]:

@@ -124,6 +124,14 @@ def test_sample_streams_the_prompt_and_what_follows(trained, succeed_here):
     assert len({first, *two}) == 3
 
 
+def test_attention_draws_the_head_that_was_asked_for(trained, succeed_here, fail_here, tmp_path):
+    run, _, _ = trained
+    args = ["attention", str(run), "--prompt", "to\\nbe", "--out", str(tmp_path / "maps"), "--device=cpu"]
+    assert succeed_here(*args, "--layer=0", "--head=1") == f"{tmp_path}/maps/layer-00-head-01.png\n"
+    assert (tmp_path / "maps" / "layer-00-head-01.png").read_bytes().startswith(b"\x89PNG")
+    assert "head must be from 0 to 1, the last of this model, got 2" in fail_here(*args, "--head=2")
+
+
 def test_samples_of_several_prompts_come_whole_and_stop(trained, succeed_here):
     run, _, _ = trained
     args = ["sample", str(run), "--num-tokens=30", "--device=cpu", "--dtype=fp32", "--top-k=1"]

@@ -371,8 +371,8 @@ def test_texts_of_a_batch_stop_each_by_itself():
     [
         (["4", ""], {}, "a prompt must have at least one character"),
         (["4"], {"stop": ["x", ""]}, "a stop string must have at least one character"),
-        (["4", "4\udcff"], {}, "a prompt or stop string must be UTF-8"),
-        (["4"], {"stop": ["x", "\udcff"]}, "a prompt or stop string must be UTF-8"),
+        (["4", "4\udcff"], {}, "a prompt must be UTF-8"),
+        (["4"], {"stop": ["x", "\udcff"]}, "a stop string must be UTF-8"),
     ],
 )
 def test_texts_that_are_none_are_refused_at_once(prompts, settings, sentence):

@@ -15,7 +15,7 @@ PACKAGE = Path(fastgpt.__file__).parent
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("train", "generate", "perplexity", "integrations", "benchmarks"),
+    ("train", "generate", "attention_maps", "perplexity", "integrations", "benchmarks"),
     ("model", "data", "optim", "checkpoint", "pretrained", "metrics", "placement", "distributed"),
     ("ops",),
     ("dispatch",),

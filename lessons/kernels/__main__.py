@@ -2,6 +2,7 @@
 
 python -m lessons.kernels softmax
 python -m lessons.kernels my_softmax.cu
+python -m lessons.kernels check lessons/kernels/exercises/01_race.cu
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastgpt.config import UserError
-from lessons.kernels import show
+from lessons.kernels import check, show
 from lessons.kernels.climb import Outcome, climb
 from lessons.kernels.rung import LANGUAGES, Rung, RungError, ladder, read_rung
 from lessons.kernels.tasks import LADDERS
@@ -25,16 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see ``--help``.
 
     Returns:
-        0; 1 where a rung is wrong or breaks a promise.
+        0; 1 where a rung is wrong or breaks a promise, or an exercise is not done.
     """
     parser = argparse.ArgumentParser(prog="python -m lessons.kernels", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "what", nargs="+", metavar="LADDER or FILE", help=f"{', '.join(LADDERS)}, all, or a file: a rung, or your own"
+        "what",
+        nargs="+",
+        metavar="LADDER or FILE",
+        help=f"{', '.join(LADDERS)}, all, or a file: a rung, or your own; or check and files: exercises",
     )
     parser.add_argument("--only", choices=sorted(LANGUAGES.values()), help="the rungs of one language")
     parser.add_argument("--out", type=Path, default=FIGURE, help=f"the figure of the climb (default: {FIGURE})")
     args = parser.parse_args(argv)
     try:
+        if args.what[0] == "check":
+            return check.main([Path(name) for name in args.what[1:]])
         rungs = _chosen(args.what, args.only)
         outcomes = _climb(rungs)
         if len(outcomes) > 1:

@@ -15,6 +15,7 @@ from lessons.kernels.tasks import LADDERS, TASKS, Task, Tensors
 FOLDER = Path(__file__).parent
 LANGUAGES = {".cu": "cuda", ".py": "triton"}
 PARTS = ("Moves", "Last rung", "Gains")  # of a header
+_PROMISING = ("Promise:", "Goal:")  # the second in an exercise, which does not keep it yet
 
 Counts = Mapping[str, float]  # by a counter's name, as promises and tables have it
 
@@ -69,8 +70,8 @@ class Header:
 
     Args:
         title: its first line.
-        parts: the paragraphs that begin with one of ``PARTS``, without that word.
-        promises: the lines that begin with "Promise:".
+        parts: the paragraphs that begin with one of ``PARTS``, or an exercise's with "Hint:", without that word.
+        promises: the lines that begin with "Promise:", or an exercise's with "Goal:".
     """
 
     title: str
@@ -80,13 +81,13 @@ class Header:
     @classmethod
     def parse(cls, text: str) -> Header:
         lines = text.strip().splitlines()
-        promises = tuple(Promise.parse(line[len("Promise:") :]) for line in lines if line.startswith("Promise:"))
-        prose = "\n".join("" if line.startswith("Promise:") else line for line in lines)
+        promises = tuple(Promise.parse(line.partition(":")[2]) for line in lines if line.startswith(_PROMISING))
+        prose = "\n".join("" if line.startswith(_PROMISING) else line for line in lines)
         paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", prose) if paragraph.strip()]
         parts = {
             name: paragraph[len(name) + 1 :].strip()
             for paragraph in paragraphs
-            for name in PARTS
+            for name in (*PARTS, "Hint")
             if paragraph.startswith(f"{name}:")
         }
         return cls(lines[0].strip() if lines else "", parts, promises)
