@@ -7,7 +7,9 @@
 // Moves: 4 bytes of x three times, of weight, of bias and of y once: 24 bytes an element are wanted, where 8 (x in, y
 // out) would do. Far more is moved: the 32 lanes of a warp are in 32 rows, N elements apart, so each of their 4 bytes
 // lies in a 32-byte sector of its own. A request brings 32 sectors, 1024 bytes, for 128 that are wanted.
+//
 // Last rung: there is none.
+//
 // Gains: the right numbers, to hold all others to.
 //
 // Promise: sectors per load request >= 10

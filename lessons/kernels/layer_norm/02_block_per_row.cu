@@ -6,7 +6,9 @@
 // was written.
 //
 // Moves: the same 24 bytes an element are wanted, and now 24 are moved.
+//
 // Last rung: a warp's lanes lay in 32 different rows, so that 7 of 8 bytes that were moved were thrown away.
+//
 // Gains: an eighth of the sectors, for the price of a tree for each of the two sums: 8 levels with a barrier each, and
 // another barrier before the array may be used again.
 //

@@ -5,8 +5,10 @@
 // to wait for; four rows share a block only because blocks of one warp would leave a multiprocessor half empty.
 //
 // Moves: the same bytes as before.
+//
 // Last rung: a row of a few hundred elements was cut among 128 threads, which then spent more barriers on two sums than
 // loads on the row.
+//
 // Gains: no barrier and no access to shared memory is left.
 //
 // Promise: barriers == 0

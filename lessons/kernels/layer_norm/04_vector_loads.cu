@@ -5,8 +5,10 @@
 // at a time, as before; the kernel is compiled for both.
 //
 // Moves: the same bytes as before.
+//
 // Last rung: each instruction of a warp moved 128 bytes, and 512 fit. The memory is busy for the same sectors, but a
 // multiprocessor has to issue, and to wait for, four times the requests.
+//
 // Gains: a quarter of the requests. A request now brings 16 sectors, all of them wanted.
 //
 // Promise: requests <= 0.26 x 03_warp_per_row

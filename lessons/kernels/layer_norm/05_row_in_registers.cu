@@ -11,7 +11,11 @@
 // with a division for each element: it is for data that cannot be had twice.)
 //
 // Moves: x once and y once, 8 bytes an element; weight and bias, another 8, come from the cache, where all rows find
-// them. Last rung: x was read three times. Gains: two of five loads of an element are gone.
+// them.
+//
+// Last rung: x was read three times.
+//
+// Gains: two of five loads of an element are gone.
 //
 // Promise: load sectors <= 0.61 x 04_vector_loads
 // Promise: store sectors == 1 x 04_vector_loads

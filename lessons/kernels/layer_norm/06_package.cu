@@ -5,7 +5,9 @@
 // L2 (rows.cuh). norm.cuh adds one thing to the numbers: `rest`, what the sum behind the mean lost to rounding.
 //
 // Moves: x once and y once, 8 bytes an element; and 8 bytes a row of mean and rstd.
+//
 // Last rung: rows of at most 1024 elements, of one dtype.
+//
 // Gains: nothing more where rows are of that kind; it is as good everywhere else.
 //
 // Promise: load sectors <= 1 x 05_row_in_registers

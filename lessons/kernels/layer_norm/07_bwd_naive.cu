@@ -5,8 +5,11 @@
 // down columns are, too: the lanes take a column's rows in turn, and a shuffle adds up what they have.
 //
 // Moves: for dx, 4 bytes of dy, x and weight twice and of dx once; for the sums dy and x once more: 36 bytes an
-// element. Last rung: (of the forward) rows are contiguous, and everything was easy. Gains: the right numbers. But
-// neighbours in a column are N elements apart, and each lane's 4 bytes cost a sector.
+// element.
+//
+// Last rung: (of the forward) rows are contiguous, and everything was easy.
+//
+// Gains: the right numbers. But neighbours in a column are N elements apart, and each lane's 4 bytes cost a sector.
 //
 // Promise: sectors per load request >= 8
 

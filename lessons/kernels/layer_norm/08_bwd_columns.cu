@@ -4,7 +4,9 @@
 // bytes in a row. No shuffle is left, since a column's sum is one thread's.
 //
 // Moves: the same 36 bytes an element are wanted, and now they are what is moved.
+//
 // Last rung: a warp's lanes lay in 32 different rows.
+//
 // Gains: the sums' loads take 4 sectors a request where they took 32.
 //
 // Promise: load sectors <= 0.4 x 07_bwd_naive

@@ -7,8 +7,10 @@
 //
 // Moves: dy and x once and dx once, 12 bytes an element, and weight, 4, from the cache; a line, 8 bytes a column for
 // each eight rows, out and in again: 2 bytes an element more.
+//
 // Last rung: x and dy were read three times; and there were only as many threads as columns, each with a sum as long as
 // the matrix is high: with 768 columns 24 warps, where a large GPU has room for thousands, walk down all rows.
+//
 // Gains: less than half of the sectors; a quarter of the requests for them; and as many warps as there are rows / 8.
 //
 // Promise: load sectors <= 0.5 x 08_bwd_columns

@@ -1,7 +1,9 @@
 // layer_norm's backward 4: the package's own kernel, csrc/cuda/layer_norm.cu.
 //
 // Moves: dy and x once and dx once, 12 bytes an element, weight from the cache, and a line for each block.
+//
 // Last rung: each warp left a line, and a thread alone added up all the lines of a column.
+//
 // Gains: the four warps of a block add up their sums in shared memory and leave one line, of which there are at most
 // 512; sixteen threads share a column of them (column_sum.cuh).
 //
