@@ -76,30 +76,38 @@ def headers() -> list[Path]:
     return []
 
 
-def load() -> ModuleType:
-    """The emulator's module, built if it has to be; its kernels are registered with torch's dispatcher.
+def runtime() -> ModuleType:
+    """The emulator's module, without any kernel, built if it has to be.
 
     Raises:
         RuntimeError: it cannot be built, with the compiler's words.
     """
     with _loading:  # other threads wait, and find it loaded
-        return _load()
+        return _runtime()
 
 
-_loading = threading.Lock()
+def load() -> ModuleType:
+    """The same module, when fastgpt's kernels have been built and registered with torch's dispatcher, too."""
+    with _loading:
+        _load_kernels()
+        return _runtime()
+
+
+_loading = threading.RLock()
 
 
 @functools.cache
-def _load() -> ModuleType:
-    csrc = extension.source_folder()
-    sources = [
-        *(csrc / "cuda").glob("*.cu"),
-        *(csrc / "bindings/cuda").glob("*.cpp"),
-        *(csrc / "emulator").glob("*.cpp"),
-    ]
-    module = build("fastgpt_emulator", sources)
+def _runtime() -> ModuleType:
+    module = build("fastgpt_emulator", list((extension.source_folder() / "emulator").glob("*.cpp")))
     _configure(module, **_schedule_from_environment())
     return module
+
+
+@functools.cache
+def _load_kernels() -> None:
+    csrc = extension.source_folder()
+    sources = [*(csrc / "cuda").glob("*.cu"), *(csrc / "bindings/cuda").glob("*.cpp")]
+    _build("fastgpt_emulated_kernels", sources, [str(_runtime().__file__)], is_module=False)
 
 
 def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> ModuleType:
@@ -110,21 +118,26 @@ def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> 
     Args:
         name: of the module; the binding's PYBIND11_MODULE is called TORCH_EXTENSION_NAME.
         sources: .cu and .cpp files.
-        libraries: what to link; kernels that are no part of fastgpt need ``load().__file__``.
+        libraries: what to link; kernels need ``runtime().__file__``.
 
     Raises:
         RuntimeError: it cannot be built, with the compiler's words.
     """
+    return _build(name, sources, libraries, is_module=True)
+
+
+def _build(name: str, sources: Sequence[Path], libraries: Sequence[str], is_module: bool) -> Any:
+    """``build``; what is no module of Python's registers its ops with torch as it is loaded."""
     reason = missing()
     if reason is not None:
         raise RuntimeError(reason)
     sources = sorted(path.resolve() for path in sources)
-    compiler, flags = _compiler(), [*_FLAGS, *_words("FASTGPT_EMULATE_CFLAGS")]
+    compiler, flags = _compiler(), _flags()
     # By all that goes into it, so that two checkouts, or two versions of torch, do not take turns in building.
     folders = sorted({str(path.parent) for path in sources})
     inputs = (sys.prefix, torch.__version__, compiler, flags, headers(), folders, libraries)
     key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
-    folder = _cache() / f"py{sys.version_info.major}{sys.version_info.minor}_{name}_{key}"
+    folder = cache_folder() / f"py{sys.version_info.major}{sys.version_info.minor}_{name}_{key}"
     # A sanitizer that is preloaded for the kernels is not for their compiler.
     environment = {"PATH": _path(), "CXX": compiler, "TORCH_DONT_CHECK_COMPILER_ABI": "1", "LD_PRELOAD": ""}
     with _locked(folder), _environment(environment):
@@ -142,6 +155,7 @@ def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> 
                 extra_include_paths=[str(path) for path in headers()],
                 build_directory=str(folder),
                 with_cuda=False,
+                is_python_module=is_module,
             )
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # else torch would take it for built
@@ -149,6 +163,12 @@ def build(name: str, sources: Sequence[Path], libraries: Sequence[str] = ()) -> 
                 f"{name}, for the emulator of FASTGPT_EMULATE=1, could not be built with {compiler}, in {folder}:\n"
                 f"{error}"
             ) from None
+
+
+def compile_command() -> list[str]:
+    """The C++ compiler and what it needs to be told of a CUDA kernel for the emulator, but for files."""
+    includes = [word for folder in headers() for word in ("-isystem", str(folder))]
+    return [*shlex.split(_compiler()), "-x", "c++", "-std=c++17", *_flags(), *includes]
 
 
 NAMESPACE = "fastgpt_emulated"  # of the ops that the module registers
@@ -177,7 +197,13 @@ def register_ops() -> list[torch.library.Library]:
 
 
 @contextlib.contextmanager
-def schedule(order: str = "in_order", copies: str = "eager", seed: int = 0, count_banks: bool = False) -> Iterator[Any]:
+def schedule(
+    order: str = "in_order",
+    copies: str = "eager",
+    seed: int = 0,
+    count_banks: bool = False,
+    count_memory: bool = False,
+) -> Iterator[Any]:
     """Run the kernels within the ``with`` block in another schedule; gives the emulator's module.
 
     Args:
@@ -187,14 +213,15 @@ def schedule(order: str = "in_order", copies: str = "eager", seed: int = 0, coun
             when it is waited for and not before.
         seed: of all that is random; the same seed gives the same run.
         count_banks: count the bank conflicts of every access to shared memory, not only those of ldmatrix. Slow.
+        count_memory: count the requests for global memory, and the sectors of 32 bytes that they touch. Slow.
 
     Raises:
         ValueError: an unknown order or way of copying.
         RuntimeError: the emulator cannot be built.
     """
-    module = load()
+    module = runtime()
     before = module.settings()
-    _configure(module, order, copies, seed, count_banks)
+    _configure(module, order, copies, seed, count_banks, count_memory)
     try:
         yield module
     finally:
@@ -202,7 +229,12 @@ def schedule(order: str = "in_order", copies: str = "eager", seed: int = 0, coun
 
 
 def _configure(
-    module: ModuleType, order: str = "in_order", copies: str = "eager", seed: int = 0, count_banks: bool = False
+    module: ModuleType,
+    order: str = "in_order",
+    copies: str = "eager",
+    seed: int = 0,
+    count_banks: bool = False,
+    count_memory: bool = False,
 ) -> None:
     _require("the emulator's order", order, ORDERS)
     _require("the emulator's copies", copies, COPIES)
@@ -213,6 +245,7 @@ def _configure(
     settings.lazy_copies = copies == "lazy"
     settings.seed = seed
     settings.count_banks = count_banks
+    settings.count_memory = count_memory
     module.configure(settings)
 
 
@@ -252,7 +285,8 @@ def _as_cpp(source: Path, folder: Path) -> Path:
     return wrapper
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where what is built just in time lies: TORCH_EXTENSIONS_DIR, else a folder of the user's."""
     from torch.utils.cpp_extension import get_default_build_root
 
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -290,6 +324,10 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _flags() -> list[str]:
+    return [*_FLAGS, *_words("FASTGPT_EMULATE_CFLAGS")]
 
 
 def _compiler() -> str:

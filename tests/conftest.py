@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# `lessons` is not installed. Behind all else, so that fastgpt is the one that is.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # Without a GPU, Triton's kernels are tested in its interpreter and the CUDA kernels in the emulator, on CPU tensors;
 # Triton asks when it decorates a kernel.

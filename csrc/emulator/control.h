@@ -19,14 +19,29 @@ enum class Order {
 
 struct Settings {
   Order order = Order::in_order;
-  bool lazy_copies = false;  // what cp_async, TMA and wgmma bring arrives when it is waited for, and not before
-  uint64_t seed = 0;         // of everything that is random: the same seed, the same run
-  int workers = 0;           // OS threads; 0: one for each core
-  bool count_banks = false;  // bank conflicts of lds, sts and cp_async, too (ldmatrix's always are); slow
+  bool lazy_copies = false;   // what cp_async, TMA and wgmma bring arrives when it is waited for, and not before
+  uint64_t seed = 0;          // of everything that is random: the same seed, the same run
+  int workers = 0;            // OS threads; 0: one for each core
+  bool count_banks = false;   // bank conflicts of lds, sts and cp_async, too (ldmatrix's always are); slow
+  bool count_memory = false;  // requests for global memory and their sectors; slow
 };
 
 Settings settings();
 void configure(const Settings& settings);
+
+// Accesses to global memory in one direction. A request is what a warp asks for with one instruction: its lanes' n-th
+// access at one place in the source, since the warp last met. A sector is 32 bytes, aligned: what memory moves.
+struct Traffic {
+  int64_t requests = 0;
+  int64_t sectors = 0;  // different ones within a request
+  int64_t bytes = 0;    // that the lanes want, each for itself
+
+  void operator+=(const Traffic& more) {
+    requests += more.requests;
+    sectors += more.sectors;
+    bytes += more.bytes;
+  }
+};
 
 // What the launches of one kernel did.
 struct Counters {
@@ -38,6 +53,7 @@ struct Counters {
   int64_t copies = 0;           // asynchronous ones, of 16 bytes, or TMA's of a box
   int64_t shared_accesses = 0;  // lds and sts, by thread
   int64_t bank_conflicts = 0;   // phases of a warp's access to shared memory beyond those that its size needs
+  Traffic loads, stores;        // of global memory, where count_memory asks for them
 };
 
 // By kernel, without namespaces: "layer_norm_fwd_kernel<float, float>".

@@ -236,6 +236,14 @@ struct Requests {
   std::array<uint16_t, 32> next{};
 };
 
+// One warp's access to global memory, as its lanes come to it: the sectors that it touches.
+using Sectors = std::vector<uintptr_t>;
+struct MemoryRequests {
+  std::vector<Sectors> open;
+  std::array<uint32_t, 32> next{};
+};
+constexpr uintptr_t kSectorBytes = 32;
+
 // A wgmma that has been started, and not waited for.
 struct Pending {
   Product product;  // the first lane's
@@ -265,6 +273,7 @@ struct Warp {
   int group = 0;       // of the products that no commit has closed yet
   size_t started = 0;  // products, of those of its warpgroup
   std::unordered_map<SiteId, Requests> requests;
+  std::unordered_map<SiteId, MemoryRequests> memory[2];  // loads and stores, which may share a line of the source
   char sanitizer_tag = 0;
 };
 
@@ -489,6 +498,7 @@ struct Block {
       warp->live = warp->exists;
       warp->pending.clear();
       warp->requests.clear();
+      forget_memory_requests(*warp);
       warp->knows.fill(0);
       warp->knows[warp->number] = warp->clock = 1;
       warp->accessed = warp->learnt = 0;
@@ -728,6 +738,7 @@ struct Block {
       if (!met[warp->number]) continue;
       barrier.here[warp->number] = 0;
       meet(*warp);
+      forget_memory_requests(*warp);
       absorb(past, warp->knows);
     }
     for (auto& warp : warps) {
@@ -894,6 +905,7 @@ struct Block {
       for (int j = 0; j < 8; ++j) cell[j].write = landing;
     }
     ++counters.copies;
+    if (settings.count_memory) note_box(from);
     bar.copies.push_back({begin, from, bar.phases, false, fiber.linear, id_of(site)});
     if (settings.lazy_copies) {
       memset(to, 0xff, bytes);
@@ -1185,6 +1197,7 @@ struct Block {
       } else {
         meet(warp);
       }
+      if ((mask & warp.live) == warp.live) forget_memory_requests(warp);
       warp.pending.erase(warp.pending.begin() + (mine - warp.pending.data()));
       for (int i = 0; i < 32; ++i) {
         const int lane = settings.order == Order::reversed ? 31 - i : i;
@@ -1377,7 +1390,7 @@ struct Block {
 
   void start_copy(void* to, const void* from, bool valid, Site site) {
     Fiber& fiber = self();
-    if (valid) check_global(from, 16, "cp_async_16", site);
+    if (valid) check_global(from, 16, Access::read, "cp_async_16", site);
     check(to, 16, Access::write, "cp_async_16", site);
     Cell* cell = cells(to, 16, "cp_async_16", site);
     for (int i = 0; i < 8; ++i) cell[i].in_flight = true;
@@ -1448,6 +1461,50 @@ struct Block {
     warp.requests.clear();
   }
 
+  // -- global memory
+
+  // As with note_request: the n-th time that a lane is at this place since all of the warp met belongs to the n-th
+  // request there. Who meets has made all accesses that come before, so that lanes which took different ways count
+  // anew.
+  void note_memory_request(const void* p, size_t bytes, Access access, Site site) {
+    Fiber& fiber = self();
+    const bool is_load = access == Access::read;
+    Traffic& traffic = is_load ? counters.loads : counters.stores;
+    MemoryRequests& requests = fiber.warp->memory[is_load ? 0 : 1][id_of(site)];
+    const size_t at = requests.next[static_cast<size_t>(fiber.lane)]++;
+    if (at == requests.open.size()) {
+      requests.open.emplace_back();
+      ++traffic.requests;
+    }
+    Sectors& touched = requests.open[at];
+    const uintptr_t sector = reinterpret_cast<uintptr_t>(p) / kSectorBytes;  // at most 16 aligned bytes lie in one
+    if (std::find(touched.begin(), touched.end(), sector) == touched.end()) {
+      touched.push_back(sector);
+      ++traffic.sectors;
+    }
+    traffic.bytes += static_cast<int64_t>(bytes);
+  }
+
+  static void forget_memory_requests(Warp& warp) {
+    for (auto& requests : warp.memory) requests.clear();
+  }
+
+  // TMA asks for a box by itself, row after row.
+  void note_box(const Box& box) {
+    ++counters.loads.requests;
+    uintptr_t last = 0;
+    for (int row = 0; row < box.rows; ++row) {
+      int first, count;
+      const uint16_t* from = row_of(box, row, first, count);
+      if (from == nullptr) continue;
+      const auto begin = reinterpret_cast<uintptr_t>(from) / kSectorBytes;
+      const auto end = (reinterpret_cast<uintptr_t>(from + count) - 1) / kSectorBytes;
+      counters.loads.sectors += static_cast<int64_t>(end - begin) + (begin == last ? 0 : 1);
+      counters.loads.bytes += 2 * count;
+      last = end;
+    }
+  }
+
   // How many more passes than one the 32 banks of 4 bytes need for these lanes. Lanes that read the same word share it.
   static int conflicts(const uint32_t* address, unsigned mask, int lanes, uint32_t bytes) {
     uint32_t words[32][32];
@@ -1498,6 +1555,8 @@ void give_back(std::unique_ptr<Block> block) {
   total.copies += more.copies;
   total.shared_accesses += more.shared_accesses;
   total.bank_conflicts += more.bank_conflicts;
+  total.loads += more.loads;
+  total.stores += more.stores;
   if (idle_blocks.size() < kMostWorkers) idle_blocks.push_back(std::move(block));
 }
 
@@ -1586,10 +1645,15 @@ void check_matrix_row(const void* row, const char* name, Site site) {
   self().block->check(row, 16, Access::read, name, site);
 }
 
-void check_global(const void* p, size_t bytes, const char* name, Site site) {
+void check_global(const void* p, size_t bytes, Access access, const char* name, Site site) {
   if (p == nullptr) fail(site, "%s: the address is null", name);
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
     fail(site, "%s: %zu bytes at an address that is not a multiple of %zu", name, bytes, bytes);
+  }
+  Block& block = *self().block;
+  if (block.settings.count_memory) {
+    const Unseen unseen;
+    block.note_memory_request(p, bytes, access, site);
   }
 }
 

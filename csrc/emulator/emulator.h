@@ -98,7 +98,7 @@ enum class Access { read, write };
 // Throws where a thread may not do this: out of bounds, misaligned, a race, nothing written there yet.
 void check_shared(const void* p, size_t bytes, Access access, const char* name, Site site);
 void check_matrix_row(const void* row, const char* name, Site site);
-void check_global(const void* p, size_t bytes, const char* name, Site site);
+void check_global(const void* p, size_t bytes, Access access, const char* name, Site site);
 
 void copy_async(void* to, const void* from, bool valid, Site site);
 void commit_async();

@@ -22,9 +22,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readwrite("lazy_copies", &Settings::lazy_copies)
       .def_readwrite("seed", &Settings::seed)
       .def_readwrite("workers", &Settings::workers)
-      .def_readwrite("count_banks", &Settings::count_banks);
+      .def_readwrite("count_banks", &Settings::count_banks)
+      .def_readwrite("count_memory", &Settings::count_memory);
   m.def("settings", &settings);
   m.def("configure", &configure);
+  py::class_<Traffic>(m, "Traffic")
+      .def_readonly("requests", &Traffic::requests)
+      .def_readonly("sectors", &Traffic::sectors)
+      .def_readonly("bytes", &Traffic::bytes);
   py::class_<Counters>(m, "Counters")
       .def_readonly("launches", &Counters::launches)
       .def_readonly("blocks", &Counters::blocks)
@@ -33,7 +38,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("ldmatrix", &Counters::ldmatrix)
       .def_readonly("copies", &Counters::copies)
       .def_readonly("shared_accesses", &Counters::shared_accesses)
-      .def_readonly("bank_conflicts", &Counters::bank_conflicts);
+      .def_readonly("bank_conflicts", &Counters::bank_conflicts)
+      .def_readonly("loads", &Counters::loads)
+      .def_readonly("stores", &Counters::stores);
   m.def("counters", &counters);
   m.def("reset_counters", &reset_counters);
   py::class_<Wait>(m, "Wait")

@@ -31,12 +31,12 @@ inline void* array_of(const void* tag, size_t bytes, FASTGPT_SITE) { return emul
 
 template <class T>
 T ldg(const T* p, FASTGPT_SITE) {
-  emulator::check_global(p, sizeof(T), "ldg", site);
+  emulator::check_global(p, sizeof(T), Access::read, "ldg", site);
   return *p;
 }
 template <class T>
 void stg(T* p, std::remove_cv_t<T> value, FASTGPT_SITE) {
-  emulator::check_global(p, sizeof(T), "stg", site);
+  emulator::check_global(p, sizeof(T), Access::write, "stg", site);
   *p = value;
 }
 template <class T>

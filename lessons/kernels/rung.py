@@ -1,0 +1,200 @@
+"""A rung: a file, what its header says and promises, and what came of running it."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from fastgpt.config import UserError
+from lessons.kernels.tasks import LADDERS, TASKS, Task, Tensors, Wrong
+
+FOLDER = Path(__file__).parent
+LANGUAGES = {".cu": "cuda", ".py": "triton"}
+PARTS = ("Moves", "Last rung", "Gains")  # of a header
+
+Counts = Mapping[str, float]  # by a counter's name, as promises and tables have it
+
+_COMPARE = {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
+_PROMISE = re.compile(r"(?P<counter>[a-z][\w -]*?) (?P<relation><=|>=|==|<|>) (?P<factor>[\d.]+)(?: x (?P<rung>\w+))?")
+
+
+@dataclass(frozen=True)
+class Promise:
+    """``counter relation factor``, or that times what the counter says of another rung of the ladder, by its stem."""
+
+    counter: str
+    relation: str
+    factor: float
+    rung: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Promise:
+        found = _PROMISE.fullmatch(text.strip())
+        if found is None:
+            raise UserError(f"cannot read the promise {text!r}; one is like 'load sectors <= 0.25 x 01_naive'")
+        return cls(found["counter"], found["relation"], float(found["factor"]), found["rung"])
+
+    def __str__(self) -> str:
+        other = "" if self.rung is None else f" x {self.rung}"
+        return f"{self.counter} {self.relation} {self.factor:g}{other}"
+
+    def kept(self, counts: Mapping[str, Counts], rung: str) -> bool:
+        """
+        Args:
+            counts: of all rungs by their stems, for the same task and language.
+            rung: the stem of the one that promises.
+        Raises:
+            UserError: there is no such counter or rung.
+        """
+        mine = self._value(counts, rung)
+        limit = self.factor * (1.0 if self.rung is None else self._value(counts, self.rung))
+        return _COMPARE[self.relation](mine, limit)
+
+    def _value(self, counts: Mapping[str, Counts], rung: str) -> float:
+        if rung not in counts:
+            raise UserError(f"the promise '{self}' names a rung that is not there; there are {', '.join(counts)}")
+        if self.counter not in counts[rung]:
+            raise UserError(f"the promise '{self}' names no counter; there are {', '.join(counts[rung])}")
+        return counts[rung][self.counter]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The comment that a file starts with.
+
+    Args:
+        title: its first line.
+        parts: the paragraphs that begin with one of ``PARTS``, without that word.
+        promises: the lines that begin with "Promise:".
+    """
+
+    title: str
+    parts: dict[str, str]
+    promises: tuple[Promise, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Header:
+        lines = text.strip().splitlines()
+        promises = tuple(Promise.parse(line[len("Promise:") :]) for line in lines if line.startswith("Promise:"))
+        prose = "\n".join("" if line.startswith("Promise:") else line for line in lines)
+        paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", prose) if paragraph.strip()]
+        parts = {
+            name: paragraph[len(name) + 1 :].strip()
+            for paragraph in paragraphs
+            for name in PARTS
+            if paragraph.startswith(f"{name}:")
+        }
+        return cls(lines[0].strip() if lines else "", parts, promises)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A file of a ladder, or a reader's own."""
+
+    path: Path
+    task: Task
+    header: Header
+
+    @property
+    def stem(self) -> str:
+        return self.path.stem
+
+    @property
+    def language(self) -> str:
+        """ "cuda" or "triton"."""
+        return LANGUAGES[self.path.suffix]
+
+    @cached_property
+    def ladder(self) -> list[Rung]:
+        """The rungs of the same task and language in its folder, with itself: those that its promises may name."""
+        return [rung for rung in rungs_in(self.path.parent) if (rung.task, rung.language) == (self.task, self.language)]
+
+
+class RungError(Exception):
+    """A rung that cannot be built or run, in the words of the compiler or the emulator."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What running a rung gave: the outputs by name, and what was counted meanwhile."""
+
+    outputs: Tensors
+    counts: Counts = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """What is known of a rung after it was tried.
+
+    Args:
+        error: why it could not be built or run, as the compiler or the emulator says it.
+        wrong: the outputs that are not near enough to the truth, and at which sizes.
+        counts: by counter, at ``Task.counted``.
+        resources: of what the compiler made of it: "registers" of a thread and so on.
+        missing: why there are no resources, or no counts.
+        times: on a GPU: "ms", and what follows from it.
+    """
+
+    rung: Rung
+    error: str | None = None
+    wrong: list[tuple[str, Wrong]] = field(default_factory=list)
+    counts: Counts = field(default_factory=dict)
+    resources: Counts = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    times: Counts = field(default_factory=dict)
+
+    @property
+    def right(self) -> bool:
+        return self.error is None and not self.wrong
+
+
+def read_rung(path: Path) -> Rung:
+    """
+    Raises:
+        UserError: no such file, one of another kind, a promise that cannot be read, or not one function of a task.
+    """
+    if path.suffix not in LANGUAGES:
+        raise UserError(f"{path} is neither CUDA (.cu) nor Triton (.py)")
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    comment, names = _parse_cuda(text) if path.suffix == ".cu" else _parse_python(path, text)
+    tasks = [TASKS[name] for name in dict.fromkeys(names) if name in TASKS]
+    if len(tasks) != 1:
+        found = "none" if not tasks else " and ".join(task.name for task in tasks)
+        how = 'extern "C" void' if path.suffix == ".cu" else "def"
+        raise UserError(f"{path} has to define ({how} ...) one of {', '.join(TASKS)}, and defines {found}")
+    return Rung(path.resolve(), tasks[0], Header.parse(comment))
+
+
+def rungs_in(folder: Path) -> list[Rung]:
+    """The numbered files of a folder (01_naive.cu), in order; another file may be beside them."""
+    return [read_rung(path) for path in sorted(folder.glob("[0-9][0-9]_*")) if path.suffix in LANGUAGES]
+
+
+def ladder(name: str) -> list[Rung]:
+    """The rungs of "softmax", "layer_norm" or "attention"."""
+    assert name in LADDERS
+    return rungs_in(FOLDER / name)
+
+
+def _parse_cuda(text: str) -> tuple[str, list[str]]:
+    """The comment at the beginning, without its slashes; the functions with C linkage."""
+    comment = re.match(r"(?://[^\n]*\n)*", text)
+    assert comment is not None
+    lines = [line[2:].removeprefix(" ") for line in comment[0].splitlines()]
+    return "\n".join(lines), re.findall(r'^extern "C" void (\w+)\(', text, re.MULTILINE)
+
+
+def _parse_python(path: Path, text: str) -> tuple[str, list[str]]:
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
+    return ast.get_docstring(tree) or "", [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
