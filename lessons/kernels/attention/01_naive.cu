@@ -12,7 +12,7 @@
 //
 // Gains: the right numbers, to hold all others to.
 //
-// Promise: load sectors per request >= 8
+// Promise: sectors per load request >= 8
 
 #include "tasks.h"
 

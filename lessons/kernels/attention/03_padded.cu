@@ -11,7 +11,7 @@
 // Gains: seven of these turns, for 16 bytes of each row.
 //
 // Promise: bank conflicts == 0
-// Promise: sectors == 1 x 02_tiled
+// Promise: bytes moved == 1 x 02_tiled
 
 #include "cuda_cores.cuh"
 

@@ -13,7 +13,7 @@
 //
 // Promise: bank conflicts == 0
 // Promise: mma == 1 x 04_tensor_cores
-// Promise: sectors == 1 x 04_tensor_cores
+// Promise: bytes moved == 1 x 04_tensor_cores
 
 #include "tensor_cores.cuh"
 

@@ -13,8 +13,8 @@
 // which here there is not yet: the next rung.
 //
 // Promise: shared accesses == 0
-// Promise: copies >= 1
-// Promise: sectors == 1 x 05_swizzled
+// Promise: async copies >= 1
+// Promise: bytes moved == 1 x 05_swizzled
 // Promise: bank conflicts == 0
 
 #include "tensor_cores.cuh"

@@ -13,7 +13,7 @@
 // is a second place: 8 KiB of shared memory.
 //
 // Promise: barriers <= 0.55 x 06_async_copies
-// Promise: copies == 1 x 06_async_copies
+// Promise: async copies == 1 x 06_async_copies
 // Promise: mma == 1 x 06_async_copies
 
 #include "tensor_cores.cuh"

@@ -12,7 +12,7 @@
 // average, which tends to half.
 //
 // Promise: mma <= 0.6 x 07_double_buffer
-// Promise: copies <= 0.75 x 07_double_buffer
+// Promise: async copies <= 0.75 x 07_double_buffer
 
 #include "tensor_cores.cuh"
 

@@ -12,7 +12,7 @@
 // Gains: an eighth of the sectors, for the price of a tree for each of the two sums: 8 levels with a barrier each, and
 // another barrier before the array may be used again.
 //
-// Promise: sectors <= 0.2 x 01_naive
+// Promise: bytes moved <= 0.2 x 01_naive
 // Promise: sectors per store request <= 4
 // Promise: bank conflicts == 0
 

@@ -13,7 +13,7 @@
 //
 // Promise: barriers == 0
 // Promise: shared accesses == 0
-// Promise: sectors <= 1 x 02_block_per_row
+// Promise: bytes moved <= 1 x 02_block_per_row
 
 #include "tasks.h"
 

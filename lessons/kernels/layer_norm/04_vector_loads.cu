@@ -11,8 +11,8 @@
 //
 // Gains: a quarter of the requests. A request now brings 16 sectors, all of them wanted.
 //
-// Promise: requests <= 0.26 x 03_warp_per_row
-// Promise: sectors <= 1 x 03_warp_per_row
+// Promise: load requests <= 0.26 x 03_warp_per_row
+// Promise: bytes moved <= 1 x 03_warp_per_row
 
 #include "tasks.h"
 
