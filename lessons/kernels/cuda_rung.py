@@ -1,4 +1,7 @@
-"""CUDA rungs: compiled just in time, by the C++ compiler for the emulator or by nvcc for a GPU, run and counted."""
+"""CUDA rungs: compiled just in time, by the C++ compiler for the emulator or by nvcc for a GPU, run and counted.
+
+A problem on the CPU is the emulator's, and one on a GPU is the GPU's.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,11 @@ import torch
 
 from fastgpt import emulator, extension
 from lessons.kernels.rung import Execution, Rung, RungError
-from lessons.kernels.tasks import Problem
+from lessons.kernels.tasks import Problem, Sizes, Task
 
 FOLDER = Path(__file__).parent
 SECTOR_BYTES = 32
+HOPPER = (9, 0)  # compiled for where there is no GPU
 COUNTERS = (
     "launches",
     "load requests",
@@ -41,19 +45,39 @@ COUNTERS = (
     "mma",
     "async copies",
 )
+CLIMBED = ("bytes moved", "load requests", "barriers", "bank conflicts", "mma")  # what the figure shows
 
 
-def on_gpu() -> bool:
-    """Whether rungs run on a GPU; else they do in the emulator."""
-    return torch.cuda.is_available()
+def counting_device() -> torch.device:
+    """Where rungs are counted and held to small problems: in the emulator, or on a GPU where that cannot be had.
+
+    Raises:
+        RungError: there is neither.
+    """
+    reason = emulator.missing()
+    if reason is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RungError(reason)
+    return torch.device("cuda")
+
+
+def counted_sizes(task: Task) -> Sizes:
+    """Where a rung's counters are read."""
+    return task.counted
 
 
 def build(rungs: Sequence[Rung]) -> None:
     """Compile what has changed of several rungs, side by side. What is wrong with one is told when it runs."""
-    if not on_gpu():
+    todo: list[Callable[[Rung], Any]] = [_compile_for_emulator] if emulator.missing() is None else []
+    if torch.cuda.is_available():
+        todo.append(_compile_for_gpu)
+    if find_nvcc():
+        todo.append(resources)
+    if _compile_for_emulator in todo:
         emulator.runtime()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for future in [pool.submit(_compile, rung) for rung in rungs]:
+        for future in [pool.submit(compile_it, rung) for compile_it in todo for rung in rungs]:
             future.exception()
 
 
@@ -65,8 +89,8 @@ class Call:
     """
 
     def __init__(self, rung: Rung, problem: Problem) -> None:
-        self.function = _function(_compile(rung))
-        device = next(iter(problem.inputs.values())).device
+        device = problem.device
+        self.function = _function(_compile_for_gpu(rung) if device.type == "cuda" else _compile_for_emulator(rung))
         self.outputs = {
             name: torch.full(true.shape, torch.nan, dtype=problem.task.dtypes[name], device=device)
             for name, true in problem.truth.items()
@@ -92,27 +116,34 @@ class Call:
             raise RungError(error.decode())
 
 
-def run(
-    rung: Rung, problem: Problem, *, count: bool = False, order: str = "in_order", copies: str = "eager"
-) -> Execution:
+def run(rung: Rung, problem: Problem, *, count: bool = False, order: str = "skewed", copies: str = "lazy") -> Execution:
     """Run a rung once, on a GPU or in the emulator.
 
     Args:
         count: in the emulator, read its counters.
-        order, copies: the emulator's schedule.
+        order, copies: the emulator's schedule: by itself one in which a kernel that relies on luck has little.
 
     Raises:
         RungError: it does not compile, or the emulator or the GPU finds it at fault.
     """
     call = Call(rung, problem)
-    if on_gpu():
+    if problem.device.type == "cuda":
         call()
-        torch.cuda.synchronize()
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise RungError(f"the GPU stopped: {error}") from error
         return Execution(call.outputs)
     with emulator.schedule(order, copies, count_banks=count, count_memory=count) as module:
         module.reset_counters()
         call()
-        return Execution(call.outputs, _counts(module.counters().values()) if count else {})
+        launched = module.counters()
+        _launched[rung.path] = set(launched)
+        return Execution(call.outputs, _counts(launched.values()) if count else {})
+
+
+# Of the kernels in a rung's file those that its function has launched, by the emulator's names for them.
+_launched: dict[Path, set[str]] = {}
 
 
 def _counts(kernels: Iterable[Any]) -> dict[str, float]:
@@ -161,23 +192,22 @@ def _function(library: Path) -> Any:
     return function
 
 
-def _compile(rung: Rung) -> Path:
+def _compile_for_emulator(rung: Rung) -> Path:
     """The rung as a library with the function of entry.cu, compiled where it is not up to date."""
-    if on_gpu():
-        major, minor = torch.cuda.get_device_capability()
-        command = [*_nvcc(f"sm_{major}{minor}"), "-shared", "-Xcompiler", "-fPIC"]
-        libraries = []
-    else:
-        command = [*emulator.compile_command(), "-fPIC", "-shared"]
-        libraries = ["-x", "none", str(emulator.runtime().__file__)]
-    return _built(rung, command, libraries, ".so")[0]
+    libraries = ["-x", "none", str(emulator.runtime().__file__)]
+    return _built(rung, [*emulator.compile_command(), "-fPIC", "-shared"], libraries, ".so")[0]
 
 
-def _nvcc(arch: str) -> list[str]:
+def _compile_for_gpu(rung: Rung) -> Path:
+    return _built(rung, [*_nvcc(), "-shared", "-Xcompiler", "-fPIC"], [], ".so")[0]
+
+
+def _nvcc() -> list[str]:
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RungError("nvcc compiles rungs for a GPU, and is neither on PATH nor in /usr/local/cuda")
-    return [nvcc, "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas=-v"]
+        raise RungError("registers are nvcc's to count, which is neither on PATH nor in /usr/local/cuda")
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else HOPPER
+    return [nvcc, "-std=c++17", "-O3", f"-arch=sm_{major}{minor}", "-Xptxas=-v"]
 
 
 def find_nvcc() -> str | None:
@@ -236,19 +266,27 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 def resources(rung: Rung) -> dict[str, float]:
     """By nvcc, for this machine's GPU or else for an H100.
 
-    The most registers of a thread, and bytes of shared memory (but for those that a launch states), that one of its
-    kernels takes; and the bytes that spill, of all of them.
+    Of those kernels that it was seen to launch, else of all in the file: the most registers of a thread, and bytes of
+    shared memory (but for those that a launch states), that one of them takes; and the bytes that they spill.
 
     Raises:
         RungError: there is no nvcc, or it does not compile.
     """
-    arch = "sm_90"
-    if on_gpu():
-        major, minor = torch.cuda.get_device_capability()
-        arch = f"sm_{major}{minor}"
-    said = _built(rung, [*_nvcc(arch), "-cubin"], [], ".cubin")[1]
+    said = _built(rung, [*_nvcc(), "-cubin"], [], ".cubin")[1]
+    parts = re.split(r"Compiling entry function '(\w+)'", said)[1:]
+    kernels = {_kernel_name(symbol): text for symbol, text in zip(parts[::2], parts[1::2], strict=True)}
+    launched = _launched.get(rung.path, set()) & kernels.keys() or kernels.keys()
+    said = "".join(kernels[name] for name in launched)
     return {
         "registers": max((int(n) for n in _USED.findall(said)), default=0),
         "spilled bytes": sum(int(stores) + int(loads) for stores, loads in _SPILLED.findall(said)),
         "static shared bytes": max((int(n) for n in _SHARED.findall(said)), default=0),
     }
+
+
+def _kernel_name(symbol: str) -> str:
+    """The emulator's name for a kernel of that linker name: "softmax_fwd_kernel<float, 4>"."""
+    plain = torch._C._demangle(symbol).replace("(anonymous namespace)::", "")
+    plain = re.sub(r"\((?:int|bool|unsigned int|long)\)", "", plain.removeprefix("void ").partition(">(")[0])
+    name, bracket, arguments = plain.partition("(")[0].partition("<")
+    return f"{name.rpartition('::')[2]}{bracket}{arguments}{'>' if bracket else ''}"

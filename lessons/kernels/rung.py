@@ -7,11 +7,10 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from fastgpt.config import UserError
-from lessons.kernels.tasks import LADDERS, TASKS, Task, Tensors, Wrong
+from lessons.kernels.tasks import LADDERS, TASKS, Task, Tensors
 
 FOLDER = Path(__file__).parent
 LANGUAGES = {".cu": "cuda", ".py": "triton"}
@@ -109,9 +108,9 @@ class Rung:
         """ "cuda" or "triton"."""
         return LANGUAGES[self.path.suffix]
 
-    @cached_property
-    def ladder(self) -> list[Rung]:
-        """The rungs of the same task and language in its folder, with itself: those that its promises may name."""
+    @property
+    def neighbours(self) -> list[Rung]:
+        """The rungs of the same task and language in its folder: those that its promises may name."""
         return [rung for rung in rungs_in(self.path.parent) if (rung.task, rung.language) == (self.task, self.language)]
 
 
@@ -125,32 +124,6 @@ class Execution:
 
     outputs: Tensors
     counts: Counts = field(default_factory=dict)
-
-
-@dataclass
-class Outcome:
-    """What is known of a rung after it was tried.
-
-    Args:
-        error: why it could not be built or run, as the compiler or the emulator says it.
-        wrong: the outputs that are not near enough to the truth, and at which sizes.
-        counts: by counter, at ``Task.counted``.
-        resources: of what the compiler made of it: "registers" of a thread and so on.
-        missing: why there are no resources, or no counts.
-        times: on a GPU: "ms", and what follows from it.
-    """
-
-    rung: Rung
-    error: str | None = None
-    wrong: list[tuple[str, Wrong]] = field(default_factory=list)
-    counts: Counts = field(default_factory=dict)
-    resources: Counts = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    times: Counts = field(default_factory=dict)
-
-    @property
-    def right(self) -> bool:
-        return self.error is None and not self.wrong
 
 
 def read_rung(path: Path) -> Rung:

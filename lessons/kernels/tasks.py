@@ -88,6 +88,7 @@ class Problem:
         torch.manual_seed(0)
         self.task = task
         self.sizes = sizes
+        self.device = device
         self.inputs = task.inputs(sizes, device)
         self.constants = task.constants(sizes)
         self.truth = task.truth(*(x.double() for x in self.inputs.values()), *self.constants)
@@ -266,7 +267,7 @@ _ROWS: dict[str, Any] = {
 _HEADS: dict[str, Any] = {
     "counted": {"B": 1, "H": 2, "T": 128, "D": 64},
     "others": ({"B": 1, "H": 1, "T": 65, "D": 64}, {"B": 2, "H": 1, "T": 1, "D": 64}),
-    "timed": {"B": 8, "H": 16, "T": 4096, "D": 64},
+    "timed": {"B": 4, "H": 8, "T": 2048, "D": 64},
     "constants": _scale,
     "dtype": "fp16",
 }
