@@ -13,7 +13,7 @@
 // each, all find theirs in the same banks, and are served one after the other.
 //
 // Promise: load sectors <= 0.02 x 01_naive
-// Promise: store sectors <= 0.1 x 01_naive
+// Promise: store sectors <= 0.15 x 01_naive
 // Promise: bank conflicts >= 1000
 
 #include "cuda_cores.cuh"

@@ -15,36 +15,30 @@
 // Promise: sectors per load request >= 10
 // Promise: sectors per store request >= 31
 
-#include "tasks.h"
+#include "long_sum.cuh"
 
 namespace {
 
 using namespace fastgpt::cuda;
-
-// The sum of f(0) to f(N - 1). One running sum of them all would round each to the digits that the whole has left; so
-// 32 at a time are added up, and then what they came to.
-template <class F>
-FASTGPT_PRIM float sum_of(int N, F f) {
-  float sum = 0.0f;
-  for (int start = 0; start < N; start += 32) {
-    float part = 0.0f;
-    for (int n = start; n < min(start + 32, N); ++n) part += f(n);
-    sum += part;
-  }
-  return sum;
-}
+using lessons::LongSum;
 
 __global__ void layer_norm_naive_kernel(const float* x, const float* weight, const float* bias, float* y, float* mean,
                                         float* rstd, int M, int N, float eps) {
   const int m = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (m >= M) return;
   const int64_t start = static_cast<int64_t>(m) * N;
-  const float its_mean = sum_of(N, [&](int n) { return ldg(x + start + n); }) / N;
-  const float squares = sum_of(N, [&](int n) {
+
+  LongSum sum;
+  for (int n = 0; n < N; ++n) sum.add(ldg(x + start + n));
+  const float its_mean = sum.total() / N;
+
+  LongSum squares;
+  for (int n = 0; n < N; ++n) {
     const float centred = ldg(x + start + n) - its_mean;
-    return centred * centred;
-  });
-  const float its_rstd = 1.0f / sqrtf(squares / N + eps);
+    squares.add(centred * centred);
+  }
+  const float its_rstd = 1.0f / sqrtf(squares.total() / N + eps);
+
   stg(mean + m, its_mean);
   stg(rstd + m, its_rstd);
   for (int n = 0; n < N; ++n) {

@@ -14,6 +14,7 @@
 // Promise: sectors per load request >= 8
 
 #include "dx.cuh"
+#include "long_sum.cuh"
 
 namespace {
 
@@ -26,18 +27,17 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
                              float* dbias, int M, int N) {
   const int n = static_cast<int>(blockIdx.x) * kWarps + warp_id();
   if (n >= N) return;
-  float sum_weight = 0.0f, sum_bias = 0.0f;
+  LongSum sum_weight, sum_bias;
   for (int m = lane_id(); m < M; m += kWarpSize) {
     const int64_t at = static_cast<int64_t>(m) * N + n;
     const float its_dy = ldg(dy + at);
-    sum_weight += its_dy * (ldg(x + at) - ldg(mean + m)) * ldg(rstd + m);
-    sum_bias += its_dy;
+    sum_weight.add(its_dy * (ldg(x + at) - ldg(mean + m)) * ldg(rstd + m));
+    sum_bias.add(its_dy);
   }
-  sum_weight = warp_sum(sum_weight);
-  sum_bias = warp_sum(sum_bias);
+  const float its_dweight = warp_sum(sum_weight.total()), its_dbias = warp_sum(sum_bias.total());
   if (lane_id() == 0) {
-    stg(dweight + n, sum_weight);
-    stg(dbias + n, sum_bias);
+    stg(dweight + n, its_dweight);
+    stg(dbias + n, its_dbias);
   }
 }
 

@@ -12,6 +12,7 @@
 // Promise: load sectors <= 0.4 x 07_bwd_naive
 
 #include "dx.cuh"
+#include "long_sum.cuh"
 
 namespace {
 
@@ -22,15 +23,15 @@ __global__ void __launch_bounds__(kWarpSize)
                              float* dbias, int M, int N) {
   const int n = static_cast<int>(blockIdx.x) * kWarpSize + lane_id();
   if (n >= N) return;
-  float sum_weight = 0.0f, sum_bias = 0.0f;
+  LongSum sum_weight, sum_bias;
   for (int m = 0; m < M; ++m) {
     const int64_t at = static_cast<int64_t>(m) * N + n;
     const float its_dy = ldg(dy + at);
-    sum_weight += its_dy * (ldg(x + at) - ldg(mean + m)) * ldg(rstd + m);
-    sum_bias += its_dy;
+    sum_weight.add(its_dy * (ldg(x + at) - ldg(mean + m)) * ldg(rstd + m));
+    sum_bias.add(its_dy);
   }
-  stg(dweight + n, sum_weight);
-  stg(dbias + n, sum_bias);
+  stg(dweight + n, sum_weight.total());
+  stg(dbias + n, sum_bias.total());
 }
 
 }  // namespace

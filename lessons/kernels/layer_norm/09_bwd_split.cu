@@ -16,7 +16,7 @@
 // Promise: load sectors <= 0.5 x 08_bwd_columns
 // Promise: load requests <= 0.2 x 08_bwd_columns
 
-#include "tasks.h"
+#include "long_sum.cuh"
 
 namespace {
 
@@ -79,9 +79,9 @@ __global__ void __launch_bounds__(kWarpSize)
     layer_norm_lines_kernel(const float* lines, int count, float* dweight, float* dbias, int N) {
   const int column = static_cast<int>(blockIdx.x) * kWarpSize + lane_id();
   if (column >= 2 * N) return;
-  float sum = 0.0f;
-  for (int i = 0; i < count; ++i) sum += ldg(lines + static_cast<int64_t>(i) * 2 * N + column);
-  stg(column < N ? dweight + column : dbias + (column - N), sum);
+  lessons::LongSum sum;
+  for (int i = 0; i < count; ++i) sum.add(ldg(lines + static_cast<int64_t>(i) * 2 * N + column));
+  stg(column < N ? dweight + column : dbias + (column - N), sum.total());
 }
 
 }  // namespace
