@@ -26,7 +26,7 @@ def load() -> ModuleType:
     ``fault(name, planted, data)``; the numbers are addresses."""
     if not torch.cuda.is_available():
         sources = [FOLDER / name for name in ("faults.cu", "prims.cu", "prims_sm90.cu", "module.cpp")]
-        return emulator.build("fastgpt_emulator_tests", sources, [str(emulator.load().__file__)])
+        return emulator.build("fastgpt_emulator_tests", sources, [str(emulator.runtime().__file__)])
     from torch.utils import cpp_extension
 
     if cpp_extension.CUDA_HOME is None or shutil.which("ninja") is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from types import ModuleType
 
 import cuda_kernels
 import philox
@@ -22,7 +23,7 @@ SCHEDULES = [("in_order", "eager", 0), ("reversed", "lazy", 0), ("random", "eage
 needs_hopper = pytest.mark.skipif(
     not INTERPRETING and not cuda_kernels.has_hopper(), reason="it needs a GPU of compute capability 9.0"
 )
-only_emulated = pytest.mark.skipif(not INTERPRETING, reason="the emulator counts bank conflicts")
+only_emulated = pytest.mark.skipif(not INTERPRETING, reason="the emulator counts")
 
 
 @pytest.fixture(
@@ -407,3 +408,111 @@ def test_conflicts_of_rows_of_128_bytes(chunk: int) -> None:
 @pytest.mark.parametrize(("elements", "wanted"), [(8, 0), (16, 4 * 1), (32, 4 * 3), (64, 4 * 7), (72, 0), (40, 0)])
 def test_conflicts_of_ldmatrix(elements: int, wanted: int) -> None:
     assert conflicts("ldmatrix_rows", elements) == wanted
+
+
+def traffic(module: ModuleType) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Requests, sectors and bytes of what one kernel loaded, and of what it stored."""
+    (counters,) = module.counters().values()
+    loads, stores = ((t.requests, t.sectors, t.bytes) for t in (counters.loads, counters.stores))
+    return loads, stores
+
+
+@pytest.fixture
+def counting_memory(any_schedule: None) -> Iterator[ModuleType]:
+    """The emulator, which counts requests for memory in the test's schedule."""
+    module = emulator.runtime()
+    before = module.settings()
+    settings = module.settings()
+    settings.count_memory = True
+    module.configure(settings)
+    module.reset_counters()
+    yield module
+    module.configure(before)
+
+
+NONE = (0, 0, 0)
+MEMORY = torch.zeros(32 * 64)  # its begin is aligned to a sector, as every tensor's is
+
+
+@only_emulated
+@pytest.mark.parametrize("direction", ["ldg", "stg"])
+@pytest.mark.parametrize(
+    ("elements", "stride", "sectors"),
+    [
+        ("fp32", 0, 1),  # all the same word
+        ("fp32", 1, 4),
+        ("fp32", 2, 8),
+        ("fp32", 3, 12),
+        ("fp32", 8, 32),
+        ("fp32", 32, 32),
+        ("fp16", 1, 2),
+        ("fp16", 2, 4),
+        ("fp16", 16, 32),
+        ("vectors", 1, 16),
+        ("vectors", 2, 32),
+        ("vectors", 0, 1),
+    ],
+)
+def test_sectors_of_a_request(
+    counting_memory: ModuleType, direction: str, elements: str, stride: int, sectors: int
+) -> None:
+    address = MEMORY.data_ptr()
+    cuda_kernels.load().prim(f"{direction}_strided_{elements}", address, address, stride)
+    wanted = (1, sectors, 32 * {"fp16": 2, "fp32": 4, "vectors": 16}[elements])
+    assert traffic(counting_memory) == ((wanted, NONE) if direction == "ldg" else (NONE, wanted))
+
+
+@only_emulated
+@pytest.mark.parametrize(("first", "sectors"), [(0, 4), (1, 5), (7, 5), (8, 4)])
+def test_sectors_of_a_request_that_is_not_aligned(counting_memory: ModuleType, first: int, sectors: int) -> None:
+    cuda_kernels.load().prim("ldg_offset", MEMORY.data_ptr(), 0, first)
+    assert traffic(counting_memory) == ((1, sectors, 128), NONE)
+
+
+@only_emulated
+@pytest.mark.parametrize(("lanes", "sectors"), [(1, 1), (8, 1), (9, 2), (31, 4), (32, 4)])
+def test_sectors_of_part_of_a_warp(counting_memory: ModuleType, lanes: int, sectors: int) -> None:
+    cuda_kernels.load().prim("ldg_of_some_lanes", MEMORY.data_ptr(), 0, lanes)
+    assert traffic(counting_memory) == ((lanes, lanes * sectors, lanes * lanes * 4), NONE)
+
+
+@only_emulated
+def test_lanes_that_went_another_way_count_anew_where_the_warp_meets(counting_memory: ModuleType) -> None:
+    cuda_kernels.load().prim("ldg_after_a_branch", MEMORY.data_ptr(), 0, 12)
+    assert traffic(counting_memory) == ((2, 2 + 4, 4 * (12 + 32)), NONE)
+
+
+@only_emulated
+def test_a_load_and_a_store_in_one_line_are_two_requests(counting_memory: ModuleType) -> None:
+    cuda_kernels.load().prim("ldg_and_stg", MEMORY.data_ptr(), MEMORY.data_ptr() + 256, 0)
+    assert traffic(counting_memory) == ((2, 8, 256), (2, 8, 256))
+
+
+@only_emulated
+def test_sectors_of_asynchronous_copies(counting_memory: ModuleType) -> None:
+    out = floats(256)
+    cuda_kernels.load().prim("copy", MEMORY.data_ptr(), out.data_ptr(), 40)
+    assert traffic(counting_memory) == ((2, 16 + 4, 40 * 16), (8, 8 * 4, 1024)), "a copy of zeros reads nothing"
+
+
+@only_emulated
+@pytest.mark.parametrize(
+    ("at", "rows", "columns", "sectors"),
+    [((0, 0, 0, 0), 16, 64, 4), ((8, 0, 0, 0), 16, 64, 5), ((40, 30, 0, 0), 10, 40, 3), ((0, 40, 0, 0), 0, 0, 0)],
+)
+def test_sectors_of_a_box(
+    counting_memory: ModuleType, at: tuple[int, ...], rows: int, columns: int, sectors: int
+) -> None:
+    begin = torch.tensor([*at, 0, 0, 0, 0], dtype=torch.int32)
+    x = torch.cat([begin.view(torch.int16), torch.zeros(2 * 40 * 3 * 80, dtype=torch.int16)])
+    run_sm90("box_16", x, torch.ones(16, 8, 8).short())
+    loads, _ = traffic(counting_memory)
+    assert loads == (4 + 1, 4 + rows * sectors, 4 * 4 + rows * columns * 2), "four numbers are read, and the box"
+
+
+@only_emulated
+def test_memory_is_counted_only_where_that_is_asked_for() -> None:
+    module = emulator.runtime()
+    module.reset_counters()
+    cuda_kernels.load().prim("ldg_and_stg", MEMORY.data_ptr(), MEMORY.data_ptr() + 256, 0)
+    assert traffic(module) == (NONE, NONE)

@@ -232,6 +232,33 @@ __global__ void ldmatrix_rows(const void*, void*, int n) {
   ldmatrix_x4(out, rows + n * tid());
 }
 
+// For the counters of global memory. Elements n apart, read by 32 lanes, or written:
+template <class T>
+__global__ void ldg_strided(const T* in, void*, int n) {
+  ldg(in + n * tid());
+}
+template <class T>
+__global__ void stg_strided(const void*, T* out, int n) {
+  stg(out + n * tid(), T());
+}
+// 32 floats from the n-th on.
+__global__ void ldg_offset(const float* in, void*, int n) { ldg(in + (n + tid())); }
+// The first n of 32 floats, n times over.
+__global__ void ldg_of_some_lanes(const float* in, void*, int n) {
+  for (int i = 0; i < n; ++i) {
+    if (tid() < n) ldg(in + tid());
+  }
+}
+// 32 floats by n lanes; then, at the same place of the source, the next 32 by all.
+__global__ void ldg_after_a_branch(const float* in, void*, int n) {
+  const auto read = [&](int row) { ldg(in + (32 * row + tid())); };
+  if (tid() < n) read(0);
+  __syncwarp();
+  read(1);
+}
+// 64 floats by two warps, a load and a store in one line.
+__global__ void ldg_and_stg(const float* in, float* out, int) { stg(out + tid(), ldg(in + tid())); }
+
 // The addresses that a kernel is given, of the types that it wants.
 struct In {
   const void* address;
@@ -305,6 +332,16 @@ const std::map<std::string, Prim>& prims() {
       {"lds_rows", one_block<lds_rows<false>>},
       {"lds_rows_swizzled", one_block<lds_rows<true>>},
       {"ldmatrix_rows", one_block<ldmatrix_rows>},
+      {"ldg_strided_fp16", one_block<ldg_strided<fp16>>},
+      {"ldg_strided_fp32", one_block<ldg_strided<float>>},
+      {"ldg_strided_vectors", one_block<ldg_strided<Vec<float, 4>>>},
+      {"stg_strided_fp16", one_block<stg_strided<fp16>>},
+      {"stg_strided_fp32", one_block<stg_strided<float>>},
+      {"stg_strided_vectors", one_block<stg_strided<Vec<float, 4>>>},
+      {"ldg_offset", one_block<ldg_offset>},
+      {"ldg_of_some_lanes", one_block<ldg_of_some_lanes>},
+      {"ldg_after_a_branch", one_block<ldg_after_a_branch>},
+      {"ldg_and_stg", one_block<ldg_and_stg, 64>},
   };
   return all;
 }
