@@ -9,7 +9,7 @@
 #include "prims.cuh"
 
 #ifdef FASTGPT_EMULATE
-#include <vector>
+#include <new>
 #endif
 
 using fastgpt::cuda::fp16;
@@ -45,11 +45,11 @@ template <class T>
 class Scratch {
  public:
 #ifdef FASTGPT_EMULATE
-  Scratch(size_t count, cudaStream_t) : memory_(count * sizeof(T) / 4 + 1, NAN) {}
-  T* data() { return reinterpret_cast<T*>(memory_.data()); }
-
- private:
-  std::vector<float> memory_;
+  // Aligned as a GPU's memory, so that it lies in as many sectors; NaN, whatever the type.
+  Scratch(size_t count, cudaStream_t) : memory_(::operator new(count * sizeof(T), kAlignment)) {
+    memset(memory_, 0xff, count * sizeof(T));
+  }
+  ~Scratch() { ::operator delete(memory_, kAlignment); }
 #else
   Scratch(size_t count, cudaStream_t stream) : stream_(stream) {
     if (const cudaError_t error = cudaMallocAsync(&memory_, count * sizeof(T), stream)) {
@@ -57,12 +57,16 @@ class Scratch {
     }
   }
   ~Scratch() { cudaFreeAsync(memory_, stream_); }
+#endif
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* data() { return static_cast<T*>(memory_); }
 
  private:
   void* memory_ = nullptr;
+#ifdef FASTGPT_EMULATE
+  static constexpr std::align_val_t kAlignment{256};
+#else
   cudaStream_t stream_;
 #endif
 };

@@ -3,7 +3,7 @@
 // The kernel is in cuda_cores.cuh, which the next rung shares. A tile of 32 keys is read from global memory once for 32
 // queries; scores live in registers, and probabilities in shared memory for as long as a tile lasts.
 //
-// Moves: q, o and lse once; k and v once for every 32 queries: T / 32 times 256 bytes a key, at 16 bytes or 8 a lane.
+// Moves: q, o and lse once; k and v, 256 bytes a key, once for every 32 queries, 8 bytes a lane.
 //
 // Last rung: the matrix of scores went through global memory five times and more, and k was read in pieces of 2 bytes.
 //

@@ -4,7 +4,7 @@
 // bank 0 like all others. With 68 floats from row to row, row r begins in bank 4 * r % 32: eight lanes, who read 16
 // bytes each, find theirs in all 32 banks, and eight is as many as 128 bytes can serve at a time.
 //
-// Moves: the same bytes as before.
+// Moves: the same, 256 bytes a key for every 32 queries.
 //
 // Last rung: the eight lanes that could be served together were in the same four banks, and took eight turns.
 //

@@ -4,7 +4,7 @@
 // tiles of 32 keys and values stay in fp16. Rows of scores lie within four lanes, so that the softmax is two shuffles,
 // and what it gives is, rounded, the left operand of the second product.
 //
-// Moves: q, o and lse once; k and v once for every 64 queries, 16 bytes a lane.
+// Moves: q, o and lse once; k and v, 256 bytes a key, once for every 64 queries, 16 bytes a lane.
 //
 // Last rung: each product of two numbers was an instruction of a lane, and half as many more fetched them. A GPU's
 // tensor cores do 2048 in one instruction of a warp, and so many more a second that CUDA cores are out of the question.

@@ -4,7 +4,7 @@
 // ldmatrix reads together, are then in eight different columns of the tile, which is all 32 banks; and so are the eight
 // chunks of a row, which a copy writes together.
 //
-// Moves: the same bytes as before.
+// Moves: the same, 256 bytes a key for every 64 queries.
 //
 // Last rung: ldmatrix took eight turns for each of its four matrices.
 //

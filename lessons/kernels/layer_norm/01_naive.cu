@@ -5,8 +5,8 @@
 // third.
 //
 // Moves: 4 bytes of x three times, of weight, of bias and of y once: 24 bytes an element are wanted, where 8 (x in, y
-// out) would do. Far more is moved: the 32 lanes of a warp are in 32 rows, N elements apart, so each of their 4 bytes
-// lies in a 32-byte sector of its own. A request brings 32 sectors, 1024 bytes, for 128 that are wanted.
+// out) would do. But the 32 lanes of a warp are in 32 rows, N elements apart, so that each of their 4 bytes lies in a
+// 32-byte sector of its own: of x and y 128 bytes an element are moved.
 //
 // Last rung: there is none.
 //

@@ -4,7 +4,7 @@
 // 16, then 8, 4, 2 and 1 places away holds, and after five additions all 32 have the sum. No shared memory, and nobody
 // to wait for; four rows share a block only because blocks of one warp would leave a multiprocessor half empty.
 //
-// Moves: the same bytes as before.
+// Moves: the same 24 bytes an element.
 //
 // Last rung: a row of a few hundred elements was cut among 128 threads, which then spent more barriers on two sums than
 // loads on the row.

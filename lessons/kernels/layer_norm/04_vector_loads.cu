@@ -4,7 +4,7 @@
 // where every row begins at a multiple of 16 bytes: N % 4 == 0, and tensors that are aligned. Other rows go one element
 // at a time, as before; the kernel is compiled for both.
 //
-// Moves: the same bytes as before.
+// Moves: the same 24 bytes an element.
 //
 // Last rung: each instruction of a warp moved 128 bytes, and 512 fit. The memory is busy for the same sectors, but a
 // multiprocessor has to issue, and to wait for, four times the requests.

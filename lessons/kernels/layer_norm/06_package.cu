@@ -1,8 +1,9 @@
 // layer_norm 6: the package's own kernel, csrc/cuda/layer_norm.cu.
 //
 // It is the last rung made whole: rows of any length and layout, fp32, bf16 and fp16, a warp for short rows and up to
-// eight for long ones, and mean and rstd written for the backward. What does not fit into registers is read again, from
-// L2 (rows.cuh). norm.cuh adds one thing to the numbers: `rest`, what the sum behind the mean lost to rounding.
+// eight for long ones (two of them for 1024 floats, who then meet at barriers), and mean and rstd written for the
+// backward. What does not fit into registers is read again, from L2 (rows.cuh). norm.cuh adds one thing to the numbers:
+// `rest`, what the sum behind the mean lost to rounding.
 //
 // Moves: x once and y once, 8 bytes an element; and 8 bytes a row of mean and rstd.
 //

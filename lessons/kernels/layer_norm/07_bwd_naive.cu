@@ -4,8 +4,8 @@
 // sums down the columns: dweight = sum(dy * xhat), dbias = sum(dy). Sums along rows are a warp's work, so here sums
 // down columns are, too: the lanes take a column's rows in turn, and a shuffle adds up what they have.
 //
-// Moves: for dx, 4 bytes of dy, x and weight twice and of dx once; for the sums dy and x once more: 36 bytes an
-// element.
+// Moves: for dx 4 bytes of dy, x and weight twice and of dx once; for the sums dy, x, mean and rstd once more: 44 bytes
+// an element are wanted, and 32 moved for each 4 of dy and of x in the sums.
 //
 // Last rung: (of the forward) rows are contiguous, and everything was easy.
 //
