@@ -5,7 +5,7 @@ STAGE ?= test
 OUT ?= runs/bench
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests lessons -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: train test test-full wheel sanitize sanitize-cuda kernel-table cuda-table bench bench-cpu readme \
     lint format gpu-check clean

@@ -7,6 +7,7 @@ import importlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -94,13 +95,13 @@ def climb(rungs: Sequence[Rung], say: Callable[[Outcome], Any] = lambda outcome:
     module = language(rungs[0].language)
     others = _named_by(rungs)
     module.build([*rungs, *others])
-    counts = {_key(rung): _tried(module, rung).counts for rung in others}
+    counts = {rung.path: _tried(module, rung).counts for rung in others}
     outcomes = []
     for rung in rungs:
         outcome = _tried(module, rung)
-        counts[_key(rung)] = outcome.counts
+        counts[rung.path] = outcome.counts
         if outcome.error is None and outcome.counts:
-            of_ladder = {stem: of_one for (folder, stem), of_one in counts.items() if folder == rung.path.parent}
+            of_ladder = {stem: counts[other.path] for stem, other in rung.neighbours().items() if other.path in counts}
             outcome.promises = {promise: promise.kept(of_ladder, rung.stem) for promise in rung.header.promises}
         outcomes.append(outcome)
         say(outcome)
@@ -110,22 +111,14 @@ def climb(rungs: Sequence[Rung], say: Callable[[Outcome], Any] = lambda outcome:
     return outcomes
 
 
-def _key(rung: Rung) -> tuple[Any, str]:
-    return rung.path.parent, rung.stem
-
-
 def _named_by(rungs: Sequence[Rung]) -> list[Rung]:
     """The rungs that promises name, beside those that are given."""
+    named: dict[Path, Rung] = {}
+    for rung in rungs:
+        stems = {promise.rung for promise in rung.header.promises}
+        named |= {other.path: other for stem, other in rung.neighbours().items() if stem in stems}
     given = {rung.path for rung in rungs}
-    named = {
-        other.path: other
-        for rung in rungs
-        for promise in rung.header.promises
-        if promise.rung is not None
-        for other in rung.neighbours
-        if other.stem == promise.rung and other.path not in given
-    }
-    return list(named.values())
+    return [other for path, other in named.items() if path not in given]
 
 
 @functools.cache

@@ -33,7 +33,8 @@ class Promise:
 
     @classmethod
     def parse(cls, text: str) -> Promise:
-        found = _PROMISE.fullmatch(text.strip())
+        text = text.strip()
+        found = _PROMISE.fullmatch(text)
         if found is None:
             raise UserError(f"cannot read the promise {text!r}; one is like 'load sectors <= 0.25 x 01_naive'")
         return cls(found["counter"], found["relation"], float(found["factor"]), found["rung"])
@@ -108,10 +109,11 @@ class Rung:
         """ "cuda" or "triton"."""
         return LANGUAGES[self.path.suffix]
 
-    @property
-    def neighbours(self) -> list[Rung]:
-        """The rungs of the same task and language in its folder: those that its promises may name."""
-        return [rung for rung in rungs_in(self.path.parent) if (rung.task, rung.language) == (self.task, self.language)]
+    def neighbours(self) -> dict[str, Rung]:
+        """By their stems those that its promises may name: the rungs of its task and language that lie beside it, and
+        those of the ladder. A copy of a rung, changed by a reader, is so held to what it was held to before."""
+        near = (*rungs_in(FOLDER / self.task.ladder), *rungs_in(self.path.parent), self)
+        return {rung.stem: rung for rung in near if (rung.task, rung.language) == (self.task, self.language)}
 
 
 class RungError(Exception):
