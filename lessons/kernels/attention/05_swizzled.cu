@@ -21,7 +21,7 @@ namespace {
 
 using namespace lessons;
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     attention_kernel(const fp16* q, const fp16* k, const fp16* v, fp16* o, float* lse, int T, float scale) {
   SHARED(fp16, q_tile, kBlockM * kHeaddim);
   SHARED(fp16, k_tile, kBlockN * kHeaddim);

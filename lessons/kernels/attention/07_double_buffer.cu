@@ -25,7 +25,7 @@ using namespace lessons;
 // Tiles take turns in two places.
 FASTGPT_PRIM Shared<fp16> tile_at(Shared<fp16> places, int j) { return places + j % 2 * kBlockN * kHeaddim; }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     attention_kernel(const fp16* q, const fp16* k, const fp16* v, fp16* o, float* lse, int T, float scale) {
   SHARED(fp16, q_tile, kBlockM * kHeaddim);
   SHARED(fp16, k_tile, 2 * kBlockN * kHeaddim);

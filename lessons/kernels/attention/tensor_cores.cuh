@@ -18,6 +18,7 @@ constexpr int kHeaddim = 64;
 constexpr int kChunks = kHeaddim / 8;  // of 16 bytes, of a row
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kBlocks = 3;  // of a multiprocessor, at least: nvcc would spill registers to make room for a fourth
 constexpr int kBlockM = 16 * kWarps;  // rows of a block, which has 16 for each warp
 constexpr int kBlockN = 32;           // rows at a time of what it walks over
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
