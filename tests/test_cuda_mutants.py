@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_cases import cases
+from cuda_waits import code, waits_in
 from torch import Tensor
 
 from fastgpt import emulator
@@ -29,24 +29,13 @@ pytestmark = [
 FOLDER = Path(__file__).parent.parent / "csrc" / "cuda"
 CASES = cases()
 SCHEDULES = (("in_order", "eager", 0), ("skewed", "lazy", 1))
-WAIT = re.compile(r"\b(__syncthreads|__syncwarp|bar_sync|mbar_wait|(?:cp_async|wgmma)_wait<.*?>)\(")
 MARK = "unseen by the emulator:"
-
-
-def code(line: str) -> str:
-    return line.partition("//")[0]
 
 
 def places() -> list[tuple[str, int]]:
     """File and line of each wait in the kernels' sources."""
-    sources = {path.name: path.read_text().splitlines() for path in sorted(FOLDER.iterdir())}
-    del sources["prims.cuh"], sources["prims_sm90.cuh"]  # which define them
-    return [
-        (file, number)
-        for file, lines in sources.items()
-        for number, line in enumerate(lines, 1)
-        if WAIT.search(code(line))
-    ]
+    defining = ("prims.cuh", "prims_sm90.cuh")
+    return waits_in(path for path in sorted(FOLDER.iterdir()) if path.name not in defining)
 
 
 def comment_at(file: str, number: int) -> str:
