@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from fastgpt.benchmarks.result import REPOSITORY, describe_machine, describe_versions
+from fastgpt.benchmarks.result import describe_machine, describe_versions
 from fastgpt.files import json_bytes, read_json, write_atomically
 from lessons.gpt.shared import FOLDER, path_of
 
 RESULTS = FOLDER / "results.json"
-DOC = REPOSITORY / "docs" / "learn.md"
-FIGURE = REPOSITORY / "docs" / "ladder.png"
+DOC = FOLDER.parents[1] / "docs" / "learn.md"
+FIGURE = DOC.with_name("ladder.png")
 _BLOCK = re.compile(r"(?<=<!-- climbed -->\n).*?(?=<!-- end of climbed -->)", re.DOTALL)
 
 
@@ -73,7 +73,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 def table(data: dict[str, Any]) -> str:
     """Markdown: a line for each rung, its loss beside the published one."""
-    lines = ["| rung | | loss | published | difference | steps | seconds |", "|---|---|---|---|---|---|---|"]
+    lines = ["| rung | | loss | published | difference | steps | CPU seconds |", "|---|---|---|---|---|---|---|"]
     for result in data["results"]:
         published, difference = "", ""
         if result["published"] is not None:

@@ -1,4 +1,4 @@
-"""lecture.ipynb, made from the rungs: `python -m lessons.gpt.notebook` writes it, and a test holds it to them.
+"""lecture.ipynb, made from the rungs: `python -m lessons.gpt.make_notebook` writes it, and a test holds it to them.
 
 A rung's docstring becomes text and its code a cell. All cells share one namespace, so a rung takes what it needs of
 those below from there, and a change in one cell is seen by those after it.
@@ -18,7 +18,7 @@ NOTEBOOK = FOLDER / "lecture.ipynb"
 
 _TITLE = """# From a bigram to GPT
 
-Ten rungs, each a short script of `lessons/gpt`; `python -m lessons.gpt.notebook` makes this notebook from them.
+Ten rungs, each a short script of `lessons/gpt`; `python -m lessons.gpt.make_notebook` makes this notebook from them.
 They follow Andrej Karpathy's lecture "Let's build GPT: from scratch, in code, spelled out". Run the cells from
 the top."""
 
@@ -31,7 +31,7 @@ from pathlib import Path
 
 root = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / "lessons" / "gpt").is_dir()), None)
 if root is None:
-    root = Path("fastgpt").resolve()
+    root = Path("fastgpt-checkout").resolve()
     if not root.exists():
         assert REPOSITORY, "name the address of fastgpt's repository in the line REPOSITORY"
         subprocess.run(["git", "clone", "--depth=1", REPOSITORY, str(root)], check=True)
@@ -39,7 +39,7 @@ if root is None:
     without_compiling = {"FASTGPT_CPP": "0", "FASTGPT_CUDA": "0"}
     subprocess.run([*install, "setuptools>=77", "ninja"], check=True)
     subprocess.run([*install, str(root)], check=True, env={**os.environ, **without_compiling})
-sys.path[:0] = [str(root), str(root / "lessons" / "gpt")]
+sys.path += [str(root), str(root / "lessons" / "gpt")]  # behind what is installed
 
 ARGUMENTS = ["--out", "runs/lessons"]  # ["--out", "runs/lessons", "--steps", "100"] for a quick look
 """
