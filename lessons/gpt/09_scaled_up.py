@@ -11,7 +11,6 @@ minutes: nanoGPT's README has 1.88 for these settings. Then the checkpoint that 
 the whole validation split.
 """
 
-import os
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -101,7 +100,6 @@ def main(options: Options) -> Result:
     copy_and_compare(gpt, text)
     print(f"fastgpt.GPT and the plain model agree, {gpt.num_params():,} parameters")
 
-    torch.set_num_threads(os.cpu_count() or 1)  # this model is large enough for them
     settings = replace(
         preset.train, max_iters=options.steps, seed=options.seed, final_eval_iters=preset.train.eval_iters
     )
@@ -116,4 +114,4 @@ def main(options: Options) -> Result:
 
 
 if __name__ == "__main__":
-    climb(main, steps=5000 if torch.cuda.is_available() else 2000)
+    climb(main, steps=5000 if torch.cuda.is_available() else 2000, threads=torch.get_num_threads())

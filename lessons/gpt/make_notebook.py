@@ -60,7 +60,10 @@ def notebook() -> dict[str, Any]:
     for number in range(1, 11):
         source = path_of(number).read_text(encoding="utf-8")
         title, _, text = (ast.get_docstring(ast.parse(source)) or "").partition("\n")
-        cells += [_text(f"rung-{number}-text", f"## {title}\n{text}"), _code(f"rung-{number}", cell_of(source))]
+        cells += [
+            _text(f"rung-{number}-text", f"## {title.rstrip('.')}\n{text}"),
+            _code(f"rung-{number}", cell_of(source)),
+        ]
     cells += [_text("climbed-text", "## What was reached"), _code("climbed", _LAST)]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}

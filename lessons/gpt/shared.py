@@ -83,8 +83,14 @@ def tiny_shakespeare() -> str:
     return text
 
 
-def climb(main: Callable[[Options], Result], steps: int, argv: Sequence[str] | None = None) -> None:
-    """Run a rung from the command line; ``steps`` is what the published loss was reached with."""
+def climb(main: Callable[[Options], Result], steps: int, threads: int = 1, argv: Sequence[str] | None = None) -> None:
+    """Run a rung from the command line.
+
+    Args:
+        steps: what the published loss was reached with.
+        threads: of torch; tensors as small as most rungs' gain nothing from a second one.
+        argv: the arguments; None takes those of the process.
+    """
     about = sys.modules[main.__module__].__doc__ or ""  # a notebook has none
     parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("--steps", type=_count, default=steps, help="steps of training (default: %(default)s)")
@@ -92,21 +98,21 @@ def climb(main: Callable[[Options], Result], steps: int, argv: Sequence[str] | N
     parser.add_argument("--out", type=Path, help="folder for the result, as JSON (default: none is written)")
     args = parser.parse_args(argv)
     try:
-        run(main, Options(args.steps, args.seed, args.out))
+        run(main, Options(args.steps, args.seed, args.out), threads)
     except UserError as error:
         parser.error(str(error))
 
 
-def run(main: Callable[[Options], Result], options: Options) -> Result:
+def run(main: Callable[[Options], Result], options: Options, threads: int = 1) -> Result:
     """Run a rung, print its sample and its line, and leave the result in ``options.out``."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small gain nothing from a second thread
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     torch.manual_seed(options.seed)
     begun = time.process_time()  # the processor's own, which other programs do not lengthen
     try:
         result = main(options)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads_before)
     seconds = time.process_time() - begun
     result = Result(**{**asdict(result), "steps": options.steps, "seed": options.seed, "seconds": seconds})
     print(f"\n{result.sample}\n\n{result.line()}")
