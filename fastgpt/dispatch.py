@@ -166,6 +166,18 @@ def current_choice() -> dict[str, str]:
     return _environment
 
 
+def is_left_to(backend: str, device_type: str) -> bool:
+    """Whether every op on such tensors is left to ``backend``: chosen by name, or by "auto", which prefers it there.
+
+    Then what stands between the ops may use it too, and otherwise not: other backends are to be what they say.
+    """
+    choice = current_choice()
+    names = {*choice.values(), *(() if len(choice) == len(OPS) else (AUTO,))}
+    if AUTO in names and PREFERRED.get(device_type, ("",))[0] == backend:
+        names.remove(AUTO)
+    return names <= {backend} and backend not in _absent
+
+
 class use_backend:
     """Choose the backend of all ops, or of some, until the ``with`` block ends (in the thread that entered it).
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -66,6 +65,11 @@ class KVCache:
         return k, v
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)  # (..., out_features)
+
+
 class LayerNorm(nn.Module):
     """Layer norm with an optional bias, and with the residual addition before it where there is one."""
 
@@ -87,8 +91,8 @@ class LayerNorm(nn.Module):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.fused = config.attention == "fused"
@@ -116,12 +120,12 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.approximate = config.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, self.c_fc.weight)  # (B, T, 4C); the bias is added where GELU reads it anyway
+        x = ops.linear(x, self.c_fc.weight)  # (B, T, 4C); the bias is added where GELU reads it anyway
         x = ops.gelu(x, self.c_fc.bias, approximate=self.approximate)  # (B, T, 4C)
         return self.c_proj(x)  # (B, T, C)
 
@@ -210,7 +214,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         for name, parameter in self.named_parameters():

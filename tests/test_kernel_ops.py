@@ -166,3 +166,48 @@ def test_two_runs_are_equal_to_the_last_bit(backend: str, op: str) -> None:
     assert len(first) > 0
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+def test_without_a_gradient_no_function_of_autograd_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results are those with one, and nothing is kept of what would be saved."""
+    x, weight, bias = (sample(*shape) for shape in ((3, 20), (20,), (20,)))
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    targets, qkv = torch.tensor([0, 19, 7], device=DEVICE), sample(1, 5, 3, 2, 8)
+    calls: dict[str, Callable[[list[Tensor]], Any]] = {
+        "attention": lambda _: ops.attention(*qkv.clone().requires_grad_().permute(2, 0, 3, 1, 4)),
+        "attention_qkvpacked": lambda _: ops.attention_qkvpacked(qkv.clone().requires_grad_()),
+        "softmax": lambda t: ops.softmax(t[0]),
+        "layer_norm": lambda t: ops.layer_norm(*t),
+        "add_layer_norm": lambda t: ops.add_layer_norm(t[0], *t)[0],
+        "gelu": lambda t: ops.gelu(t[0], t[2]),
+        "cross_entropy": lambda t: ops.cross_entropy(t[0], targets),
+        "linear_cross_entropy": lambda t: ops.linear_cross_entropy(t[0], t[0] * 2, targets % 3),
+        "dropout": lambda t: ops.dropout(t[0], 0.3, seed=seed()),
+    }
+    assert set(calls) == set(dispatch.OPS) - {"adamw_", "clip_grad_norm_"}
+    backend = "cuda" if DEVICE.type == "cuda" else "cpp"
+    with use_backend(backend):
+        wanted = {name: call(leaves) for name, call in calls.items()}
+
+        def applied(*_: Any) -> None:
+            raise AssertionError("apply was called")
+
+        monkeypatch.setattr(torch.autograd.Function, "apply", applied)
+        with torch.no_grad():
+            got = {name: call(leaves) for name, call in calls.items()}
+        for name, call in calls.items():
+            assert torch.equal(got[name], wanted[name]), name
+            assert wanted[name].requires_grad, name
+            assert not got[name].requires_grad, name
+            with pytest.raises(AssertionError, match="apply was called"):
+                call(leaves)
+
+
+def test_a_derivative_forward_is_refused_also_without_gradients() -> None:
+    """``torch.no_grad()`` leaves forward mode on, whose tangents the forward alone would lose."""
+    x = torch.ones(2, 8, device=DEVICE)
+    backend = "cuda" if DEVICE.type == "cuda" else "cpp"
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match="jvp"):
+            ops.gelu(dual, backend=backend)

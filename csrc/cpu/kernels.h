@@ -102,6 +102,15 @@ struct AddScaled {
   Dtype dtype;  // of part
 };
 
+// One row times a weight.
+struct LinearRow {
+  const float* weight;  // (N, K), rows `stride` elements apart
+  const float* x;       // (K,)
+  const float* bias;    // (N,), or null
+  float* y;             // (N,)
+  int64_t N, K, stride;
+};
+
 enum class MathFunction : int32_t { exp, log, tanh, erf };
 
 struct Math {
@@ -194,6 +203,7 @@ struct Kernels {
   void (*cross_entropy_bwd)(const Pool&, const CrossEntropyBwd&);
   void (*scale_gradient)(const Pool&, const ScaleGradient&);
   void (*add_scaled)(const Pool&, const AddScaled&);
+  void (*linear_row)(const Pool&, const LinearRow&);
   void (*math)(const Pool&, const Math&);
   void (*dropout)(const Pool&, const Dropout&);
   void (*add_layer_norm_fwd)(const Pool&, const AddLayerNormFwd&);

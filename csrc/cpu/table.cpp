@@ -19,6 +19,7 @@ void cross_entropy_fwd(const Pool&, const CrossEntropyFwd&);
 void cross_entropy_bwd(const Pool&, const CrossEntropyBwd&);
 void scale_gradient(const Pool&, const ScaleGradient&);
 void add_scaled(const Pool&, const AddScaled&);
+void linear_row(const Pool&, const LinearRow&);
 void math(const Pool&, const Math&);
 void dropout(const Pool&, const Dropout&);
 void add_layer_norm_fwd(const Pool&, const AddLayerNormFwd&);
@@ -41,6 +42,7 @@ const Kernels table = {
     cross_entropy_bwd,
     scale_gradient,
     add_scaled,
+    linear_row,
     math,
     dropout,
     add_layer_norm_fwd,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
-from fastgpt.ops.backward import first_derivative
+from fastgpt.ops.backward import apply, first_derivative
 from fastgpt.ops.checks import check_device, check_dropout, check_norm, check_tensor
 from fastgpt.ops.seed import seed_for
 
@@ -51,7 +52,7 @@ def add_layer_norm(
     check_dropout("add_layer_norm", dropout_p, seed, x)
     seed = seed_for(dropout_p, seed, x.device)
     args = (x, residual, weight, bias, dropout_p, eps, seed)
-    return dispatch.run("add_layer_norm", backend, *args, on_kernels=_AddLayerNorm.apply)
+    return dispatch.run("add_layer_norm", backend, *args, on_kernels=partial(apply, _AddLayerNorm))
 
 
 class _AddLayerNorm(torch.autograd.Function):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
 from fastgpt.ops.autocast import as_autocast
-from fastgpt.ops.backward import first_derivative
+from fastgpt.ops.backward import apply, first_derivative
 from fastgpt.ops.checks import check_dropout, check_flag, check_like, check_number, check_seqlens, check_tensor
 from fastgpt.ops.seed import seed_for
 
@@ -58,7 +59,7 @@ def attention(
     scale = _check_options("attention", q, k.shape[2], is_causal, dropout_p, scale, seqlens_k, seed)
     seed = seed_for(dropout_p, seed, q.device)
     args = (q, k, v, is_causal, dropout_p, scale, seqlens_k, seed)
-    return dispatch.run("attention", backend, *args, on_kernels=_Attention.apply)
+    return dispatch.run("attention", backend, *args, on_kernels=partial(apply, _Attention))
 
 
 def attention_qkvpacked(
@@ -89,7 +90,7 @@ def attention_qkvpacked(
     scale = _check_options(op, qkv, qkv.shape[1], is_causal, dropout_p, scale, seqlens_k, seed)
     seed = seed_for(dropout_p, seed, qkv.device)
     args = (qkv, is_causal, dropout_p, scale, seqlens_k, seed)
-    return dispatch.run(op, backend, *args, on_kernels=_AttentionQKVPacked.apply)
+    return dispatch.run(op, backend, *args, on_kernels=partial(apply, _AttentionQKVPacked))
 
 
 class _Attention(torch.autograd.Function):

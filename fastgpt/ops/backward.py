@@ -1,3 +1,5 @@
+"""What the ``autograd.Function`` of every op shares: whether there need be one, and that it has one derivative."""
+
 from __future__ import annotations
 
 import functools
@@ -5,6 +7,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def only_result_wanted() -> bool:
+    """Whether a call is for its result alone: no gradient, no derivative of torch.func, no compiler that traces it."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0  # which torch.no_grad() leaves on
+    )
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, or its forward alone where that will do: ``apply`` outlasts a small kernel."""
+    return function.forward(_NoGraph(), *args) if only_result_wanted() else function.apply(*args)
+
+
+class _NoGraph:
+    """The ``ctx`` of a forward that no backward will follow: nothing is kept."""
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
-from fastgpt.ops.backward import first_derivative
+from fastgpt.ops.backward import apply, first_derivative
 from fastgpt.ops.checks import check_targets, check_tensor
 
 
@@ -37,7 +37,7 @@ def _cross_entropy_on_kernels(kernels: Kernels, logits: Tensor, targets: Tensor,
     # which cannot follow a gradient that is handed out once.
     at_once = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
     at_once = at_once and not torch.compiler.is_compiling()
-    return _CrossEntropy.apply(kernels, logits, targets, ignore_index, at_once)
+    return apply(_CrossEntropy, kernels, logits, targets, ignore_index, at_once)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
-from fastgpt.ops.backward import first_derivative
+from fastgpt.ops.backward import apply, first_derivative
 from fastgpt.ops.checks import check_dropout, check_tensor
 from fastgpt.ops.seed import seed_for
 
@@ -35,7 +35,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, backend: str | N
 
 
 def _dropout_on_kernels(kernels: Kernels, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    return x if p == 0 else _Dropout.apply(kernels, x, p, seed)
+    return x if p == 0 else apply(_Dropout, kernels, x, p, seed)
 
 
 class _Dropout(torch.autograd.Function):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
-from fastgpt.ops.backward import first_derivative
+from fastgpt.ops.backward import apply, first_derivative
 from fastgpt.ops.checks import check_parameter, check_tensor
 
 
@@ -30,7 +31,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", ba
         check_parameter("gelu", "bias", bias, x, "x", x.shape[-1:])
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
-    return dispatch.run("gelu", backend, x, bias, approximate, on_kernels=_GELU.apply)
+    return dispatch.run("gelu", backend, x, bias, approximate, on_kernels=partial(apply, _GELU))
 
 
 class _GELU(torch.autograd.Function):

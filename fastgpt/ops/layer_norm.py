@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
-from fastgpt.ops.backward import first_derivative
+from fastgpt.ops.backward import apply, first_derivative
 from fastgpt.ops.checks import check_norm
 
 
@@ -28,7 +29,7 @@ def layer_norm(
         ValueError: a wrong shape, dtype or device, or a backend that cannot run it, with the reason.
     """
     check_norm("layer_norm", x, weight, bias, eps)
-    return dispatch.run("layer_norm", backend, x, weight, bias, eps, on_kernels=_LayerNorm.apply)
+    return dispatch.run("layer_norm", backend, x, weight, bias, eps, on_kernels=partial(apply, _LayerNorm))
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
 from fastgpt.ops.autocast import as_autocast
-from fastgpt.ops.backward import first_derivative
+from fastgpt.ops.backward import apply, first_derivative
 from fastgpt.ops.checks import check_like, check_targets, check_tensor
 
 
@@ -45,7 +45,7 @@ def _linear_cross_entropy_on_kernels(
     kernels: Kernels, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
 ) -> Tensor:
     with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(kernels, x, weight, targets, ignore_index, with_gradient)
+    return apply(_LinearCrossEntropy, kernels, x, weight, targets, ignore_index, with_gradient)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

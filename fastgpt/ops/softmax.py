@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from fastgpt import dispatch
 from fastgpt.dispatch import Kernels
-from fastgpt.ops.backward import first_derivative
+from fastgpt.ops.backward import apply, first_derivative
 from fastgpt.ops.checks import check_flag, check_number, check_tensor
 
 
@@ -31,7 +32,7 @@ def softmax(x: Tensor, *, scale: float = 1.0, is_causal: bool = False, backend: 
     if is_causal and x.dim() < 2:
         raise ValueError(f"softmax: x must be (..., Tq, Tk) with is_causal, got shape {tuple(x.shape)}")
     check_number("softmax", "scale", scale)
-    return dispatch.run("softmax", backend, x, scale, is_causal, on_kernels=_Softmax.apply)
+    return dispatch.run("softmax", backend, x, scale, is_causal, on_kernels=partial(apply, _Softmax))
 
 
 class _Softmax(torch.autograd.Function):
