@@ -66,6 +66,20 @@ class KVCache:
         return k, v
 
 
+class Linear(nn.Linear):
+    """nn.Linear, whose weights the model that it is part of draws."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, whose weights the model that it is part of draws."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class LayerNorm(nn.Module):
     """Layer norm with an optional bias, and with the residual addition before it where there is one."""
 
@@ -87,8 +101,8 @@ class LayerNorm(nn.Module):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.fused = config.attention == "fused"
@@ -116,8 +130,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.approximate = config.gelu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,8 +190,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config)
         self.dropout = config.dropout
@@ -210,16 +224,29 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+            self.draw(name, parameter)
+
+    def draw(self, name: str, parameter: Tensor) -> None:
+        """Give the parameter of this name, whole and in place, the value that training starts from."""
+        if name.endswith("c_proj.weight"):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.ones_(parameter)
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> GPT:
+        """As any module's; a weight that two of its parts share stays one."""
+        super().to_empty(device=device, recurse=recurse)
+        if self.config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        return self
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **settings: Any) -> GPT:
@@ -300,7 +327,12 @@ class Bigram(nn.Module):
     def __init__(self, config: BigramConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding_table = nn.Embedding(config.vocab_size, config.vocab_size)
+        self.token_embedding_table = Embedding(config.vocab_size, config.vocab_size)
+        self.draw("token_embedding_table.weight", self.token_embedding_table.weight)
+
+    def draw(self, name: str, parameter: Tensor) -> None:
+        """As ``GPT.draw``: from N(0, 1), as nn.Embedding is."""
+        nn.init.normal_(parameter)
 
     def forward(
         self,

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from fastgpt import GPT, GPTConfig, distributed, use_backend
 from fastgpt import train as training
@@ -189,22 +191,6 @@ SETTINGS = {
 }
 
 
-def test_a_tensor_is_spread_and_gathered_again(alone_in_a_group):
-    model = GPT(MODEL)
-    wanted = {name: p.detach().clone() for name, p in model.named_parameters()}
-    World().shard(model, torch.device("cpu"))
-    spread = {name: distributed.as_spread(wanted[name], p) for name, p in model.named_parameters()}
-    assert all(type(x).__name__ == "DTensor" for x in spread.values())
-    found = distributed.gathered({**spread, "step": torch.ones(())})
-    assert found.pop("step") == 1
-    assert found.keys() == wanted.keys()
-    for name, x in wanted.items():
-        assert torch.equal(found[name], x)
-        assert type(found[name]) is torch.Tensor
-        found[name].zero_()  # a copy
-        assert torch.equal(spread[name].full_tensor(), x)
-
-
 @pytest.fixture
 def text(tmp_path):
     return write_text(tmp_path)
@@ -304,7 +290,8 @@ def runs(tmp_path_factory):
     train_all(4, new("4ddp"), new("4fsdp"), first(down))
     train_all(2, new("2ddp"), new("2fsdp"), then(up, 1, 6), then(down, 1, 6), first(shards), *halves)
     train_all(4, then(up, 2, 12), then(shards, 1, 12))
-    train_all(1, then(down, 2, 12))
+    train_all(2, new("2fsdp-init", "fsdp", init=folder / "4fsdp", max_iters=1))
+    train_all(1, then(down, 2, 12), new("1ddp-init", init=folder / "4fsdp", max_iters=1))
     return folder
 
 
@@ -337,6 +324,78 @@ class TestSeveralProcesses:
         whole, halves = (losses(runs / f"{name}-{parallel}")[12, "val", 5] for name in ("whole", "halves"))
         assert halves == whole
         assert whole != losses(runs / f"2{parallel}")[12, "val", 5], "it dropped nothing"
+
+    @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+    def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not(self, runs, parallel):
+        whole, halves = (find_checkpoint(runs / f"{name}-{parallel}") for name in ("whole", "halves"))
+        files = sorted(path.name for path in whole.glob("*.safetensors"))
+        assert len(files) == {"ddp": 2, "fsdp": 4}[parallel]
+        for name in files:
+            assert (whole / name).read_bytes() == (halves / name).read_bytes(), name
+
+    def test_each_process_writes_its_shards(self, runs):
+        folder = find_checkpoint(runs / "4fsdp")
+        kinds = ("model", "training")
+        parts = [f"{kind}-0000{part}-of-00004.safetensors" for kind in kinds for part in range(1, 5)]
+        assert sorted(path.name for path in folder.iterdir()) == sorted([*parts, "state.json", "SHA256SUMS"])
+        rows = [load_file(folder / name)["transformer.wte.weight"].shape[0] for name in parts[:4]]
+        assert rows == [7, 7, 7, 6]
+        whole = find_checkpoint(runs / "1ddp")
+        assert sorted(path.name for path in whole.glob("*.safetensors")) == [f"{kind}.safetensors" for kind in kinds]
+
+    def test_a_sharded_run_begins_from_a_sharded_runs_weights(self, runs):
+        assert losses(runs / "2fsdp-init")[0, "val", 3] == losses(runs / "1ddp-init")[0, "val", 3]
+        assert losses(runs / "2fsdp-init")[0, "val", 3] < losses(runs / "1ddp")[0, "val", 3] - 0.3
+
+    def test_other_commands_know_no_difference(self, runs, command, tmp_path):
+        run = runs / "4fsdp"
+        code, out, _ = command("eval", run, "--device=cpu", "--checkpoint=last")
+        assert code == 0
+        assert f"{losses(run)[12, 'val', 5]:.4f}" in out
+        assert command("sample", run, "--device=cpu", "--tokens=5")[0] == 0
+        assert command("export", run, "--to=hf", f"--out={tmp_path / 'hf'}")[0] == 0
+        assert command("plot", run, f"--out={tmp_path / 'loss.png'}")[0] == 0
+
+    def test_a_damaged_part_is_refused_by_name_and_an_earlier_checkpoint_offered(self, runs, tmp_path, text):
+        run = tmp_path / "run"
+        shutil.copytree(runs / "2fsdp", run)
+        shutil.copytree(runs / "cache", tmp_path / "cache")
+        last = find_checkpoint(run)
+        path = last / "training-00002-of-00002.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        line = launch_line(2, "-m", "fastgpt", *arguments(run, "--resume", max_iters=14, data=text))
+        done = subprocess.run(line, capture_output=True, text=True, env=environment(tmp_path), timeout=280)
+        assert done.returncode != 0
+        assert done.stderr.count("fastgpt: ") == 1
+        sentence = f"{path}: damaged: its sha256 is not the one in SHA256SUMS; --checkpoint step-00000006 is whole"
+        assert sentence in done.stderr
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+    def test_no_process_has_the_whole(self, tmp_path, text):
+        """Not the weights and AdamW's moments of 50 million parameters: 12 bytes of each, and a copy to be written."""
+        sizes = {"n_layer": 16, "n_embd": 512, "batch_size": 4, "grad_accum": 1, "eval_iters": 1, "final_eval_iters": 1}
+        settings = {**sizes, "eval_interval": 2, "sample_tokens": 0}
+        (tmp_path / "measured.py").write_text(MEASURED)
+        grown = {}
+        for name, line in {
+            "whole": (1, arguments(tmp_path / "whole", **settings, max_iters=2)),
+            "begun": (4, arguments(tmp_path / "shares", **settings, max_iters=2, parallel="fsdp")),
+            "resumed": (4, arguments(tmp_path / "shares", "--resume", max_iters=4)),
+        }.items():
+            size, words = line
+            program = launch_line(size, str(tmp_path / "measured.py"), *words)
+            done = subprocess.run(program, capture_output=True, text=True, env=environment(tmp_path), timeout=280)
+            assert done.returncode == 0, done.stderr
+            grown[name] = [int(path.read_text()) for path in tmp_path.glob("grown-*")]
+            assert len(grown[name]) == size
+            for path in tmp_path.glob("grown-*"):
+                path.unlink()
+        parameters = sum(p.numel() for p in load_model(tmp_path / "shares", "last")[0].parameters())
+        print(parameters, grown)
+        assert min(grown["whole"]) > 24 * parameters, "this measures nothing"
+        assert max(grown["begun"] + grown["resumed"]) < 12 * parameters
 
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     def test_half_precision(self, runs, dtype):
@@ -378,9 +437,10 @@ class TestSeveralProcesses:
         assert state["step"] > 0
         assert f"stopped at step {state['step']}" in out
 
-    def test_the_death_of_a_process_ends_the_run_with_its_reason(self, tmp_path, text):
+    @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+    def test_the_death_of_a_process_ends_the_run_with_its_reason(self, tmp_path, text, parallel):
         run = tmp_path / "run"
-        process = started(run, "ddp")
+        process = started(run, parallel)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         victim = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
         began = time.monotonic()
@@ -405,6 +465,24 @@ def step(self, real=Trainer._step):
 
 Trainer._step = step
 cli.main()
+"""
+
+
+MEASURED = """
+import os
+import re
+from pathlib import Path
+from fastgpt import cli, joint_checkpoint  # which loads what is loaded late
+
+def memory(kind):
+    return int(re.search(rf"Vm{kind}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+Path("/proc/self/clear_refs").write_text("5")  # forgets the peak until now
+before = memory("RSS")
+try:
+    cli.main()
+finally:
+    Path(__file__).with_name(f"grown-{os.getpid()}").write_text(str(memory("HWM") - before))
 """
 
 
