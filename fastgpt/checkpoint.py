@@ -159,16 +159,18 @@ class Snapshot:
         """Copy the run; from a GPU into pinned memory on a stream of its own, without waiting for it."""
         device, is_shared = next(model.parameters()).device, is_sharded(model)
         weights, training = _weights(model), _training_tensors(model, optimizer)
+        state = copy.deepcopy(state)
         if device.type != "cuda":
-            return cls(copy.deepcopy(state), _cloned(weights), _cloned(training), is_shared, None)
+            return cls(state, on_host(weights, Tensor.clone), on_host(training, Tensor.clone), is_shared, None)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            return cls(copy.deepcopy(state), _pinned(weights), _pinned(training), is_shared, stream.record_event())
+            weights, training = on_host(weights, _pinned), on_host(training, _pinned)
+            return cls(state, weights, training, is_shared, stream.record_event())
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in a thread, one at a time, while training goes on; shards in a thread of each process.
+    """Writes a run's checkpoints in a thread, one at a time, while training goes on; of shards, in one of each process.
 
     As a context manager it ends with the last checkpoint written. What keeps one from being written is raised by the
     next call, as a TrainingError with the reason; the checkpoint before stands then.
@@ -393,17 +395,9 @@ def _training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     return tensors
 
 
-def _cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: on_host(tensor, Tensor.clone) for name, tensor in tensors.items()}
-
-
-def _pinned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in pinned memory, which PyTorch's allocator reuses from one checkpoint to the next."""
-
-    def copied(tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-    return {name: on_host(tensor, copied) for name, tensor in tensors.items()}
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, which PyTorch's allocator reuses from one checkpoint to the next."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

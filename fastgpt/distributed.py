@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -235,21 +235,23 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local(), min(mesh.get_local_rank() * rows, len(tensor))
 
 
-def on_host(tensor: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
-    """``copy(tensor)``, which lies in host memory; of a tensor that is spread, spread alike, each shard a copy."""
-    if not hasattr(tensor, "to_local"):
-        return copy(tensor)
+def on_host(tensors: Mapping[str, Tensor], copy: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """``copy`` of each tensor, which lies in host memory; of one that is spread, spread alike, each shard a copy."""
+    meshes = [tensor.device_mesh for tensor in tensors.values() if hasattr(tensor, "device_mesh")]
+    if not meshes:
+        return {name: copy(tensor) for name, tensor in tensors.items()}
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        copy(tensor.to_local()),
-        init_device_mesh("cpu", (tensor.device_mesh.size(),)),  # type: ignore[attr-defined]
-        tensor.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
+    host = init_device_mesh("cpu", (meshes[0].size(),))
+
+    def copy_of(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return copy(tensor)
+        shard, whole = copy(tensor.to_local()), {"shape": tensor.shape, "stride": tensor.stride()}
+        return DTensor.from_local(shard, host, tensor.placements, run_check=False, **whole)
+
+    return {name: copy_of(tensor) for name, tensor in tensors.items()}
 
 
 def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> None:

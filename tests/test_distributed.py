@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,26 @@ def test_a_sharded_model_takes_the_same_step(alone_in_a_group, backend):
             torch.testing.assert_close(q.full_tensor(), p, rtol=1e-6, atol=0)
     for (name, p), (_, q) in zip(plain.named_parameters(), sharded.named_parameters(), strict=True):
         torch.testing.assert_close(q.full_tensor(), p, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(6, 4), (6, 2), (7, 3), (1, 4), (27, 8)])
+def test_the_rows_of_a_shard_are_those_that_torch_chunk_cuts(rows, size):
+    class Spread:
+        def __init__(self, rank):
+            chunks = torch.arange(rows).chunk(size)
+            self.device_mesh = SimpleNamespace(size=lambda: size, get_local_rank=lambda: rank)
+            self.shard = chunks[rank] if rank < len(chunks) else torch.arange(0)
+
+        def __len__(self):
+            return rows
+
+        def to_local(self):
+            return self.shard
+
+    for rank in range(size):
+        own, first_row = distributed.own_rows(Spread(rank))
+        assert own.tolist() == list(range(first_row, first_row + len(own)))
+        assert first_row <= rows
 
 
 @pytest.mark.parametrize(("backend", "rows"), [("cpp", 36), ("torch", 44)])
@@ -411,16 +432,25 @@ class TestSeveralProcesses:
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(
-        ("fault", "sentence"),
+        ("parallel", "fault", "sentence"),
         [
-            ("raise MemoryError('planted')", "fastgpt: out of memory: planted"),
-            ("self._losses[-1] *= float('nan')", "fastgpt: the loss became nan at step 5, so the run was stopped"),
+            ("ddp", "raise MemoryError('planted')", "fastgpt: out of memory: planted"),
+            (
+                "ddp",
+                "self._losses[-1] *= float('nan')",
+                "fastgpt: the loss became nan at step 5, so the run was stopped",
+            ),
+            (
+                "fsdp",
+                "checkpoint.sync = lambda path: open('/dev/full', 'w').write('x' * 10**6)",
+                "fastgpt: the checkpoint of step 6 could not be written ([Errno 28] No space left on device)",
+            ),
         ],
     )
-    def test_a_fault_of_one_process_is_the_reason_that_all_end(self, tmp_path, text, fault, sentence):
+    def test_a_fault_of_one_process_is_the_reason_that_all_end(self, tmp_path, text, parallel, fault, sentence):
         script = tmp_path / "faulty.py"
         script.write_text(FAULTY.format(fault=fault))
-        done = train(2, tmp_path / "run", program=(str(script),))
+        done = train(2, tmp_path / "run", program=(str(script),), parallel=parallel)
         assert done.returncode != 0
         assert done.stderr.count(sentence) == 1
         assert done.stderr.count("fastgpt: ") == 1
@@ -455,7 +485,7 @@ class TestSeveralProcesses:
 
 FAULTY = """
 import os
-from fastgpt import cli
+from fastgpt import checkpoint, cli
 from fastgpt.train import Trainer
 
 def step(self, real=Trainer._step):
