@@ -248,8 +248,8 @@ def on_host(tensors: Mapping[str, Tensor], copy: Callable[[Tensor], Tensor]) -> 
     def copy_of(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return copy(tensor)
-        shard, whole = copy(tensor.to_local()), {"shape": tensor.shape, "stride": tensor.stride()}
-        return DTensor.from_local(shard, host, tensor.placements, run_check=False, **whole)
+        shard, shape, stride = copy(tensor.to_local()), tensor.shape, tensor.stride()
+        return DTensor.from_local(shard, host, tensor.placements, run_check=False, shape=shape, stride=stride)
 
     return {name: copy_of(tensor) for name, tensor in tensors.items()}
 

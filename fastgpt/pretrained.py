@@ -27,7 +27,7 @@ from fastgpt.distributed import own_rows
 from fastgpt.extras import require
 from fastgpt.files import json_bytes, new_folder, read_json
 from fastgpt.model import GPT
-from fastgpt.tensor_files import Stored, check_tensors, read_tensors, tensor_names
+from fastgpt.tensor_files import Stored, check_tensors, find_tensors, tensor_names
 from fastgpt.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -239,8 +239,9 @@ def _read_hf(folder: Path, any_dropout: bool) -> Pretrained:
     tensors: dict[str, Stored] = {}
     for file in {files[name] for name in theirs}:
         like = {name: _turned(ours, own[ours]) for name, ours in theirs.items() if files[name] == file}
-        for name, found in read_tensors(folder / file, like).items():
-            tensors[theirs[name]] = Stored(folder / file, name, [(0, _turned(name, found))])
+        for name, found in find_tensors([folder / file], like).items():
+            pieces = [(row, _turned(name, piece)) for row, piece in found.pieces]
+            tensors[theirs[name]] = dataclasses.replace(found, pieces=pieces)
     return Pretrained(config, tensors)
 
 

@@ -66,31 +66,13 @@ def tensor_names(path: Path) -> set[str]:
     return set(_open(path).keys())
 
 
-def read_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that ``like`` names, mapped from the file; others in it are not looked at.
-
-    Args:
-        path: a safetensors file.
-        like: a tensor of each name's shape, on any device, which the file's must have; where it is floating, they are,
-            in any of ``FLOATS``, and elsewhere they have its dtype.
-    Returns:
-        {name: tensor} on the CPU, in the file's precision, every number finite; the file never sees a change to one.
-    Raises:
-        UserError: no such file, not a whole safetensors file, a tensor that is missing, of another shape or kind, or
-            one that holds a NaN or an infinity, or tensors that are larger together than the file; shapes are looked at
-            before numbers.
-    """
-    tensors = _map(path, _open(path), like)
-    check_tensors(path, tensors, like)
-    return tensors
-
-
 def find_tensors(paths: Sequence[Path], like: Mapping[str, Tensor]) -> dict[str, Stored]:
     """The tensors that ``like`` names, in the files ``paths`` taken together; their numbers are not looked at.
 
     Args:
-        paths: safetensors files of one folder.
-        like: as in ``read_tensors``.
+        paths: safetensors files of one folder; other tensors in them are not looked at.
+        like: a tensor of each name's shape, on any device, which the file's must have; where it is floating, they are,
+            in any of ``FLOATS``, and elsewhere they have its dtype.
     Raises:
         UserError: a file that is missing or not a whole safetensors file, a tensor that is missing or of another shape
             or kind, or one whose rows are not all there, each once.
@@ -118,15 +100,16 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, offsets: Mapping[str, S
     metadata = None
     if offsets is not None:
         sharding = {name: {_OFFSETS: list(offsets[name])} for name in tensors}
-        metadata = {_SHARDING: json.dumps(sharding), "DCP_VERSION": "1.0", "format": "pt"}
+        metadata = {_SHARDING: json.dumps(sharding)}  # one entry: safetensors writes several in any order
     save_file(tensors, path, metadata)
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Hold what was found in ``path`` to ``like``, as ``read_tensors`` does.
+    """Hold what was found in ``path`` to ``like``, as ``find_tensors`` does, and look at the numbers, too.
 
     Raises:
-        UserError: as there.
+        UserError: a tensor that is missing or of another shape or kind, or holds a NaN or an infinity, or tensors that
+            are larger together than the file.
     """
     _check_shapes(path, tensors, like)
     needed, size = sum(tensors[name].nbytes for name in like), path.stat().st_size

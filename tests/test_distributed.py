@@ -308,8 +308,8 @@ def runs(tmp_path_factory):
         halves.append(arguments(folder / f"halves-{parallel}", "--resume", max_iters=12))
         halves += [new(f"{dtype}-{parallel}", parallel, dtype=dtype) for dtype in ("bf16", "fp16")]
     train_all(1, new("1ddp"), new("bf16"), new("fp16"), first(up))
-    train_all(4, new("4ddp"), new("4fsdp"), first(down))
-    train_all(2, new("2ddp"), new("2fsdp"), then(up, 1, 6), then(down, 1, 6), first(shards), *halves)
+    train_all(4, new("4ddp"), new("4fsdp", "fsdp"), first(down))
+    train_all(2, new("2ddp"), new("2fsdp", "fsdp"), then(up, 1, 6), then(down, 1, 6), first(shards), *halves)
     train_all(4, then(up, 2, 12), then(shards, 1, 12))
     train_all(2, new("2fsdp-init", "fsdp", init=folder / "4fsdp", max_iters=1))
     train_all(1, then(down, 2, 12), new("1ddp-init", init=folder / "4fsdp", max_iters=1))
@@ -368,12 +368,13 @@ class TestSeveralProcesses:
         assert losses(runs / "2fsdp-init")[0, "val", 3] == losses(runs / "1ddp-init")[0, "val", 3]
         assert losses(runs / "2fsdp-init")[0, "val", 3] < losses(runs / "1ddp")[0, "val", 3] - 0.3
 
-    def test_other_commands_know_no_difference(self, runs, command, tmp_path):
+    def test_other_commands_know_no_difference(self, runs, command, tmp_path, monkeypatch):
+        monkeypatch.setenv("FASTGPT_CACHE", str(runs / "cache"))
         run = runs / "4fsdp"
         code, out, _ = command("eval", run, "--device=cpu", "--checkpoint=last")
         assert code == 0
         assert f"{losses(run)[12, 'val', 5]:.4f}" in out
-        assert command("sample", run, "--device=cpu", "--tokens=5")[0] == 0
+        assert command("sample", run, "--device=cpu", "--num-tokens=5")[0] == 0
         assert command("export", run, "--to=hf", f"--out={tmp_path / 'hf'}")[0] == 0
         assert command("plot", run, f"--out={tmp_path / 'loss.png'}")[0] == 0
 
