@@ -79,10 +79,10 @@ class RunState:
     scaler: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def bare_model(config: ModelConfig) -> GPT | Bigram:
-    """The model without memory for its weights, on the meta device: ``to_empty`` gives it some."""
-    with torch.device("meta"):
-        return Bigram(config) if isinstance(config, BigramConfig) else GPT(config)
+def bare_model(config: ModelConfig, device: torch.device | str) -> GPT | Bigram:
+    """The model with memory for its weights and nothing in it; on the meta device without, until ``to_empty``."""
+    with torch.device(device):
+        return Bigram(config, drawn=False) if isinstance(config, BigramConfig) else GPT(config, drawn=False)
 
 
 @torch.no_grad()
@@ -468,12 +468,12 @@ def restore_model(config: ModelConfig, folder: Path) -> GPT | Bigram:
     Raises:
         UserError: a damaged file, or tensors that are not the model's.
     """
-    model = bare_model_of(config, folder).to_empty(device="cpu")
+    model = bare_model_of(config, folder, "cpu")
     load_weights(folder, model)
     return model
 
 
-def bare_model_of(config: ModelConfig, folder: Path) -> GPT | Bigram:
+def bare_model_of(config: ModelConfig, folder: Path, device: torch.device | str) -> GPT | Bigram:
     """``bare_model``, not built before a checkpoint's files were seen to have the size of it.
 
     Raises:
@@ -487,7 +487,7 @@ def bare_model_of(config: ModelConfig, folder: Path) -> GPT | Bigram:
             f"{paths[0]}: the settings ask for {layers:,} layers and {weights:,} weights, but the checkpoint has "
             f"{tensors:,} tensors and {size:,} bytes"
         )
-    return bare_model(config)
+    return bare_model(config, device)
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -505,7 +505,7 @@ def stored_weights(config: ModelConfig, folder: Path) -> dict[str, Stored]:
     Raises:
         UserError: a damaged file, or tensors that are not the model's.
     """
-    return find_tensors(_files_of(folder)[0], dict(bare_model_of(config, folder).named_parameters()))
+    return find_tensors(_files_of(folder)[0], dict(bare_model_of(config, folder, "meta").named_parameters()))
 
 
 def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:

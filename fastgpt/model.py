@@ -218,17 +218,21 @@ class GPT(nn.Module):
 
     Weights are drawn from N(0, 0.02), those of the projections onto the residual stream from
     N(0, 0.02 / sqrt(2 n_layer)); biases start at 0.
+
+    Args:
+        drawn: False leaves the weights as their memory is, to someone who has others.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, *, drawn: bool = True) -> None:
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        for name, parameter in self.named_parameters():
-            self.draw(name, parameter)
+        if drawn:
+            for name, parameter in self.named_parameters():
+                self.draw(name, parameter)
 
     def draw(self, name: str, parameter: Tensor) -> None:
         """Give the parameter of this name, whole and in place, the value that training starts from."""
@@ -240,13 +244,6 @@ class GPT(nn.Module):
             nn.init.zeros_(parameter)
         else:
             nn.init.ones_(parameter)
-
-    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> GPT:
-        """As any module's; a weight that two of its parts share stays one."""
-        super().to_empty(device=device, recurse=recurse)
-        if self.config.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
-        return self
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **settings: Any) -> GPT:
@@ -324,11 +321,12 @@ class GPT(nn.Module):
 class Bigram(nn.Module):
     """The baseline of the lecture: a table of logits for the next token, looked up by the present one."""
 
-    def __init__(self, config: BigramConfig) -> None:
+    def __init__(self, config: BigramConfig, *, drawn: bool = True) -> None:
         super().__init__()
         self.config = config
         self.token_embedding_table = Embedding(config.vocab_size, config.vocab_size)
-        self.draw("token_embedding_table.weight", self.token_embedding_table.weight)
+        if drawn:
+            self.draw("token_embedding_table.weight", self.token_embedding_table.weight)
 
     def draw(self, name: str, parameter: Tensor) -> None:
         """As ``GPT.draw``: from N(0, 1), as nn.Embedding is."""

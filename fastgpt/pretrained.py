@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastgpt.checkpoint import open_checkpoint, read_config, stored_weights
+from fastgpt.checkpoint import bare_model, open_checkpoint, read_config, stored_weights
 from fastgpt.config import GPTConfig, UserError, field_types, told
 from fastgpt.distributed import own_rows
 from fastgpt.extras import require
@@ -87,9 +87,8 @@ def load_pretrained(source: str | Path, **settings: Any) -> GPT:
             setting that these weights do not have.
     """
     found = find_pretrained(source, **settings)
-    with torch.device("meta"):
-        model = GPT(found.config)
-    found.fill(model.to_empty(device="cpu"))
+    model = GPT(found.config, drawn=False)
+    found.fill(model)
     return model.eval()
 
 
@@ -392,5 +391,4 @@ def _parameters(path: Path, config: GPTConfig, names: Collection[str]) -> dict[s
         raise UserError(
             f"{path}: n_layer must be {len(blocks)}, the blocks whose weights are there, got {config.n_layer}"
         )
-    with torch.device("meta"):
-        return dict(GPT(config).named_parameters())
+    return dict(bare_model(config, "meta").named_parameters())

@@ -133,7 +133,9 @@ class Trainer:
             )
         elif config.init and init is None:
             raise UserError(f"the settings name weights to start from ({config.init}), so Trainer needs them as init")
-        self.model = bare_model_of(model_config, folder) if folder else bare_model(model_config)
+        is_shared = config.parallel == "fsdp" and self.world.size > 1
+        place = torch.device("meta") if is_shared else self.device
+        self.model = bare_model_of(model_config, folder, place) if folder else bare_model(model_config, place)
         left = config.max_iters - self.state.step
         if config.profile and left < LAST:
             raise UserError(
@@ -142,9 +144,9 @@ class Trainer:
             )
         if config.recompute and isinstance(self.model, GPT):
             self.model.recompute_blocks()
-        if config.parallel == "fsdp" and self.world.size > 1:
+        if is_shared:
             self.world.shard(self.model, self.device)
-        self.model.to_empty(device=self.device)
+            self.model.to_empty(device=self.device)
         if folder:
             load_weights(folder, self.model)
         elif init is not None:

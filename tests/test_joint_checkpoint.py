@@ -39,7 +39,7 @@ def run(tmp_path):
 
 
 def sharded() -> GPT:
-    model = bare_model(CONFIG)
+    model = bare_model(CONFIG, "meta")
     World().shard(model, torch.device("cpu"))
     return model.to_empty(device="cpu")
 
