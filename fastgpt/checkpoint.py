@@ -9,6 +9,9 @@
                              state.json           step, losses, elapsed seconds, processes, gradient scaler
                              SHA256SUMS           of the other three, as sha256sum writes and checks them
 
+Where N processes have a share of every tensor each ("fsdp"), each writes its own, into model-0000i-of-0000N.safetensors
+and training-0000i-of-0000N.safetensors. Whoever reads takes the rows that it wants, from one file or from several.
+
 A checkpoint is written beside the others under a passing name, renamed when it is whole, and only then pointed at by
 checkpoints.json, which is itself replaced in one step. Killed at any moment, a run leaves what it pointed at before.
 A folder that is named step-N is therefore whole, pointed at or not, until its disk says otherwise; the sums tell.
@@ -20,6 +23,7 @@ import copy
 import dataclasses
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +31,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastgpt.config import (
@@ -40,15 +43,15 @@ from fastgpt.config import (
     field_types,
     told,
 )
-from fastgpt.distributed import as_spread, gathered, is_sharded, world
+from fastgpt.distributed import ALONE, World, is_sharded, on_host, own_rows, world
 from fastgpt.files import json_bytes, read_json, sha256_of, sync, write_atomically
 from fastgpt.model import GPT, Bigram
 from fastgpt.optim import AdamW
-from fastgpt.tensor_files import is_finite, read_tensors, tensor_names
+from fastgpt.tensor_files import Stored, find_tensors, is_finite, save_tensors, tensor_names
 from fastgpt.tokenizer import Tokenizer, read_tokenizer
 
 CHECKPOINTS = "checkpoints.json"
-FILES = ("model.safetensors", "training.safetensors", "state.json")
+STATE = "state.json"
 SUMS = "SHA256SUMS"
 
 _NAME = re.compile(r"step-\d{8,18}")
@@ -76,8 +79,23 @@ class RunState:
     scaler: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def build_model(config: ModelConfig) -> GPT | Bigram:
-    return Bigram(config) if isinstance(config, BigramConfig) else GPT(config)
+def bare_model(config: ModelConfig, device: torch.device | str) -> GPT | Bigram:
+    """The model with memory for its weights and nothing in it; on the meta device without, until ``to_empty``."""
+    with torch.device(device):
+        return Bigram(config, drawn=False) if isinstance(config, BigramConfig) else GPT(config, drawn=False)
+
+
+@torch.no_grad()
+def draw_weights(model: GPT | Bigram) -> None:
+    """Give a model the weights that training starts from, the same ones on any number of processes.
+
+    Each process draws all numbers and keeps its own; no more than one whole tensor is in memory at a time.
+    """
+    for name, param in model.named_parameters():
+        whole = torch.empty(param.shape)
+        model.draw(name, whole)
+        own, first_row = own_rows(param)
+        own.copy_(whole[first_row : first_row + len(own)])
 
 
 def write_config(
@@ -126,34 +144,33 @@ def read_config(run: Path) -> tuple[ModelConfig, TrainConfig, Tokenizer]:
 class Snapshot:
     """A run at one moment, in host memory: what a checkpoint is written from.
 
-    ``copied`` is, on a GPU, the event after which the tensors are there; until then nobody may change the originals.
+    Of a sharded model (``is_shared``) each process has its shards alone. ``copied`` is, on a GPU, the event after which
+    the tensors are there; until then nobody may change the originals.
     """
 
     state: RunState
     weights: dict[str, Tensor]
     training: dict[str, Tensor]
+    is_shared: bool
     copied: torch.cuda.Event | None
 
     @classmethod
     def take(cls, state: RunState, model: nn.Module, optimizer: AdamW) -> Snapshot:
-        """Copy the run; from a GPU into pinned memory on a stream of its own, without waiting for it.
-
-        Of a sharded model all processes take it together, and the main one alone gets anything.
-        """
-        device = next(model.parameters()).device
+        """Copy the run; from a GPU into pinned memory on a stream of its own, without waiting for it."""
+        device, is_shared = next(model.parameters()).device, is_sharded(model)
         weights, training = _weights(model), _training_tensors(model, optimizer)
-        if is_sharded(model):
-            return cls(copy.deepcopy(state), gathered(weights), gathered(training), None)
+        state = copy.deepcopy(state)
         if device.type != "cuda":
-            return cls(copy.deepcopy(state), _cloned(weights), _cloned(training), None)
+            return cls(state, on_host(weights, Tensor.clone), on_host(training, Tensor.clone), is_shared, None)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            return cls(copy.deepcopy(state), _pinned(weights), _pinned(training), stream.record_event())
+            weights, training = on_host(weights, _pinned), on_host(training, _pinned)
+            return cls(state, weights, training, is_shared, stream.record_event())
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in a thread, one at a time, while training goes on.
+    """Writes a run's checkpoints in a thread, one at a time, while training goes on; of shards, in one of each process.
 
     As a context manager it ends with the last checkpoint written. What keeps one from being written is raised by the
     next call, as a TrainingError with the reason; the checkpoint before stands then.
@@ -175,7 +192,6 @@ class CheckpointWriter:
         self.wait()
         if world().is_main or is_sharded(model):
             snapshot = Snapshot.take(state, model, optimizer)
-        if world().is_main:
             self._step, self._copied = state.step, snapshot.copied
             self._pending = self._thread.submit(write_checkpoint, self._run, snapshot, best, self._keep)
 
@@ -213,6 +229,8 @@ class CheckpointWriter:
 def write_checkpoint(run: Path, snapshot: Snapshot, best: bool, keep: int) -> Path:
     """Write a checkpoint, point "last" (and "best") at it, and delete all but these and the ``keep`` last.
 
+    All processes that share a snapshot call it.
+
     Returns:
         Its folder.
     Raises:
@@ -221,35 +239,102 @@ def write_checkpoint(run: Path, snapshot: Snapshot, best: bool, keep: int) -> Pa
     """
     if snapshot.copied is not None:
         snapshot.copied.synchronize()
-    for name, tensor in {**snapshot.weights, **snapshot.training}.items():
-        if not is_finite(tensor):
-            raise TrainingError(
-                f"{name} became NaN or infinite by step {snapshot.state.step}, so the run was stopped; "
-                f"{what_stands(run)}"
-            )
-    pointers = _pointers(run)
-    name = _name_of(snapshot.state.step)
-    folder = run / "checkpoints" / name
-    if name not in pointers.values():
-        made = folder.with_name(_PASSING + name)
-        for left in (folder, made):  # by a run that was killed: the first is whole, but is not pointed at
+    making = Making(run, snapshot, best, keep)
+    try:
+        if snapshot.is_shared:
+            from fastgpt.joint_checkpoint import write_jointly  # what it imports takes a second
+
+            write_jointly(making)
+        else:
+            making.check()
+            making.finish(making.fill(making.tensors) if making.begin() else [])
+    except Exception:
+        if world().is_main:
+            shutil.rmtree(making.made, ignore_errors=True)  # a disk that is full has better use for its room
+        raise
+    return making.folder
+
+
+class Making:
+    """A checkpoint that is being made: checked, begun, filled and finished.
+
+    Of several processes that make it together, each checks and fills its own part, and the main one begins and
+    finishes it for all. ``folder`` is the checkpoint's and ``made`` is that folder until it is whole.
+    """
+
+    def __init__(self, run: Path, snapshot: Snapshot, best: bool, keep: int) -> None:
+        self.run, self.snapshot, self.best, self.keep = run, snapshot, best, keep
+        self.tensors = {**snapshot.weights, **snapshot.training}
+        self.folder = run / "checkpoints" / _name_of(snapshot.state.step)
+        self.made = self.folder.with_name(_PASSING + self.folder.name)
+
+    def check(self) -> None:
+        """
+        Raises:
+            TrainingError: nobody could go on from it.
+        """
+        for name, tensor in self.tensors.items():
+            if not is_finite(own_rows(tensor)[0]):
+                raise TrainingError(
+                    f"{name} became NaN or infinite by step {self.snapshot.state.step}, so the run was stopped; "
+                    f"{what_stands(self.run)}"
+                )
+
+    def begin(self) -> bool:
+        """Make its folder. False if it is there, whole and pointed at."""
+        if self.folder.name in _pointers(self.run).values():
+            return False
+        for left in (self.folder, self.made):  # by a run that was killed: the first is whole, but is not pointed at
             if left.is_dir() and not left.is_symlink():
                 _delete(left)
-        made.mkdir(parents=True)
-        try:
-            _fill(made, snapshot)
-            made.rename(folder)
-        except Exception:
-            shutil.rmtree(made, ignore_errors=True)  # a disk that is full has better use for its room
-            raise
-        sync(folder.parent)
-    pointers["last"] = name
-    if best or "best" not in pointers:
-        pointers["best"] = name
-    write_atomically(run / CHECKPOINTS, json_bytes(pointers))
-    earlier = [other for other in checkpoint_names(run) if _step_of(other) <= snapshot.state.step]
-    _delete_but(folder.parent, {*pointers.values(), *earlier[-keep:]})
-    return folder
+        self.made.mkdir(parents=True)
+        return True
+
+    def fill(
+        self,
+        tensors: Mapping[str, Tensor],
+        offsets: Mapping[str, Sequence[int]] | None = None,
+        part: int = 0,
+        parts: int = 1,
+    ) -> list[str]:
+        """Write the files of one process, and wait until the disk has them.
+
+        Args:
+            tensors: what they are to hold, by name.
+            offsets: of tensors that are rows of larger ones, see ``save_tensors``.
+            part, parts: which process of how many.
+        Returns:
+            Their lines of SHA256SUMS.
+        """
+        model, training = _tensor_files(self.made, part, parts)
+        weights = self.snapshot.weights
+        save_tensors({name: t for name, t in tensors.items() if name in weights}, model, offsets)
+        save_tensors({name: t for name, t in tensors.items() if name not in weights}, training, offsets)
+        for path in (model, training):
+            sync(path)
+        return [_sum_of(path) for path in (model, training)]
+
+    def finish(self, sums: list[str]) -> None:
+        """Let it have its name, now that all files of tensors are there, and point at it; delete earlier ones.
+
+        Args:
+            sums: the lines of SHA256SUMS; none if the checkpoint was there before.
+        """
+        step = self.snapshot.state.step
+        if sums:
+            (self.made / STATE).write_bytes(json_bytes(dataclasses.asdict(self.snapshot.state)))
+            (self.made / SUMS).write_text("".join([*sums, _sum_of(self.made / STATE)]))
+            for path in (self.made / STATE, self.made / SUMS, self.made):
+                sync(path)
+            self.made.rename(self.folder)
+            sync(self.folder.parent)
+        pointers = _pointers(self.run)
+        pointers["last"] = self.folder.name
+        if self.best or "best" not in pointers:
+            pointers["best"] = self.folder.name
+        write_atomically(self.run / CHECKPOINTS, json_bytes(pointers))
+        earlier = [other for other in checkpoint_names(self.run) if _step_of(other) <= step]
+        _delete_but(self.folder.parent, {*pointers.values(), *earlier[-self.keep :]})
 
 
 def go_back_to(run: Path, name: str) -> None:
@@ -265,16 +350,6 @@ def what_stands(run: Path) -> str:
     """The end of a sentence on a run that was stopped."""
     last = _pointers(run).get("last")
     return f"{last} stands in {run}" if last else f"no checkpoint was written yet in {run}"
-
-
-def _fill(folder: Path, snapshot: Snapshot) -> None:
-    """Write a checkpoint's files, and wait until the disk has them."""
-    save_file(snapshot.weights, folder / "model.safetensors")
-    save_file(snapshot.training, folder / "training.safetensors")
-    (folder / "state.json").write_bytes(json_bytes(dataclasses.asdict(snapshot.state)))
-    (folder / SUMS).write_text("".join(_sums(folder)))
-    for path in [*folder.iterdir(), folder]:
-        sync(path)
 
 
 def _delete_but(folder: Path, kept: set[str]) -> None:
@@ -309,7 +384,10 @@ def _moments(model: nn.Module) -> dict[str, tuple[nn.Parameter, str]]:
 
 
 def _training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """What training.safetensors holds. What is not spread over the processes, the main one alone gives."""
     tensors = {name: optimizer.state[param][moment] for name, (param, moment) in _moments(model).items()}
+    if not world().is_main:
+        return tensors
     tensors |= {"step": optimizer.param_groups[0]["step"], "rng.cpu": torch.get_rng_state()}
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -317,16 +395,9 @@ def _training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     return tensors
 
 
-def _cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def _pinned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in pinned memory, which PyTorch's allocator reuses from one checkpoint to the next."""
-    return {
-        name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-        for name, tensor in tensors.items()
-    }
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, which PyTorch's allocator reuses from one checkpoint to the next."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,7 +441,9 @@ def open_checkpoint(run: Path, which: str = "last") -> tuple[Path, RunState]:
     """
     folder = find_checkpoint(run, which)
     try:
-        return folder, _read_whole(folder)
+        state = _read_whole(folder, world())
+        world().any(False)  # nobody takes for whole what another has found damaged
+        return folder, state
     except UserError as error:
         others = (folder.with_name(name) for name in reversed(checkpoint_names(run)) if name != folder.name)
         whole = next((other.name for other in others if _is_whole(other)), None)
@@ -390,24 +463,49 @@ def load_model(run: Path, which: str = "best") -> tuple[GPT | Bigram, Tokenizer,
 
 
 def restore_model(config: ModelConfig, folder: Path) -> GPT | Bigram:
-    """A checkpoint's model, on the CPU. It is not built before the file was seen to have the size of it.
+    """A checkpoint's model, on the CPU.
 
     Raises:
         UserError: a damaged file, or tensors that are not the model's.
     """
-    path = folder / "model.safetensors"
+    model = bare_model_of(config, folder, "cpu")
+    load_weights(folder, model)
+    return model
+
+
+def bare_model_of(config: ModelConfig, folder: Path, device: torch.device | str) -> GPT | Bigram:
+    """``bare_model``, not built before a checkpoint's files were seen to have the size of it.
+
+    Raises:
+        UserError: they have not.
+    """
     layers, weights = _layers_and_weights(config)
-    tensors, size = len(tensor_names(path)), path.stat().st_size
+    paths = _files_of(folder)[0]
+    tensors, size = len(_names_in(paths)), sum(path.stat().st_size for path in paths)
     if layers > tensors or weights > size:
         raise UserError(
-            f"{path}: the settings ask for {layers:,} layers and {weights:,} weights, but this file has {tensors:,} "
-            f"tensors and {size:,} bytes"
+            f"{paths[0]}: the settings ask for {layers:,} layers and {weights:,} weights, but the checkpoint has "
+            f"{tensors:,} tensors and {size:,} bytes"
         )
-    model = build_model(config)
-    own = _weights(model)
-    for name, tensor in read_tensors(path, own).items():
-        own[name].copy_(tensor)
-    return model
+    return bare_model(config, device)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into ``model``; of one that is sharded, each process reads its own rows.
+
+    Raises:
+        UserError: a damaged file, or tensors that are not the model's.
+    """
+    _read(_files_of(folder)[0], dict(model.named_parameters()))
+
+
+def stored_weights(config: ModelConfig, folder: Path) -> dict[str, Stored]:
+    """The weights of a checkpoint, under GPT-2's names, none of them read.
+
+    Raises:
+        UserError: a damaged file, or tensors that are not the model's.
+    """
+    return find_tensors(_files_of(folder)[0], dict(bare_model_of(config, folder, "meta").named_parameters()))
 
 
 def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
@@ -416,24 +514,54 @@ def load_training(folder: Path, model: nn.Module, optimizer: AdamW) -> None:
     Raises:
         UserError: a damaged file; nothing was changed then.
     """
-    path = folder / "training.safetensors"
+    paths = _files_of(folder)[1]
     device = next(model.parameters()).device
     moments = _moments(model)
-    like: dict[str, Tensor] = {name: param for name, (param, _) in moments.items()}
-    like |= {"step": torch.zeros(()), "rng.cpu": torch.get_rng_state()}
-    if device.type == "cuda" and "rng.cuda" in tensor_names(path):  # a run that moved to a GPU goes on from its seed
-        like["rng.cuda"] = torch.cuda.get_rng_state(device)
-    tensors = read_tensors(path, like)
+    tensors: dict[str, Tensor] = {
+        name: torch.zeros_like(param.detach(), dtype=torch.float32) for name, (param, _) in moments.items()
+    }
+    tensors |= {"step": torch.zeros(()), "rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda" and "rng.cuda" in _names_in(paths):  # a run that moved to a GPU goes on from its seed
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    _read(paths, tensors)
     try:
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], device)
     except RuntimeError as error:  # each generator knows what its states look like
-        raise UserError(f"{path}: damaged: not the state of a random generator: {error}") from error
+        raise UserError(f"{paths[0]}: damaged: not the state of a random generator: {error}") from error
     for group in optimizer.param_groups:
-        group["step"] = tensors["step"].to(group["params"][0].device, torch.float32, copy=True)
+        group["step"] = tensors["step"].to(group["params"][0].device, copy=True)
     for name, (param, moment) in moments.items():
-        optimizer.state[param][moment] = as_spread(tensors[name], param)
+        optimizer.state[param][moment] = tensors[name]
+
+
+def _read(paths: list[Path], tensors: Mapping[str, Tensor]) -> None:
+    """Read ``tensors`` by name; of those that are spread over processes, this one's rows."""
+    for name, stored in find_tensors(paths, tensors).items():
+        stored.copy_to(*own_rows(tensors[name]))
+
+
+def _names_in(paths: list[Path]) -> set[str]:
+    return set().union(*map(tensor_names, paths))
+
+
+def _tensor_files(folder: Path, part: int, parts: int) -> tuple[Path, Path]:
+    """The files of process ``part`` of ``parts``: its weights, and the rest."""
+    suffix = f"-{part + 1:05d}-of-{parts:05d}" if parts > 1 else ""
+    return folder / f"model{suffix}.safetensors", folder / f"training{suffix}.safetensors"
+
+
+def _files_of(folder: Path) -> tuple[list[Path], list[Path]]:
+    """A checkpoint's files, by its sums: those of weights, and those with the rest."""
+    parts = max(1, sum("  model" in line for line in _wanted_sums(folder)))
+    models, trainings = zip(*(_tensor_files(folder, part, parts) for part in range(parts)), strict=True)
+    return list(models), list(trainings)
+
+
+def _wanted_sums(folder: Path) -> list[str]:
+    with (folder / SUMS).open(errors="replace") as file:
+        return file.read(1 << 20).splitlines(keepends=True)
 
 
 def _layers_and_weights(config: ModelConfig) -> tuple[int, int]:
@@ -445,23 +573,30 @@ def _layers_and_weights(config: ModelConfig) -> tuple[int, int]:
     )
 
 
-def _read_whole(folder: Path) -> RunState:
-    """
+def _read_whole(folder: Path, readers: World = ALONE) -> RunState:
+    """Hold a checkpoint to its sums; the processes of ``readers`` share the files out.
+
     Raises:
         UserError: a file that is missing, is no file, or is not the one that was written.
     """
-    for name in (*FILES, SUMS):
-        path = folder / name
-        if not path.is_file() or path.is_symlink():
-            raise UserError(f"{path}: damaged: there is no such file")
-    with (folder / SUMS).open(errors="replace") as file:
-        wanted = file.read(1 << 12).splitlines(keepends=True)
-    for name, line in zip(FILES, _sums(folder), strict=True):
-        if line not in wanted:
-            raise UserError(f"{folder / name}: damaged: its sha256 is not the one in {SUMS}")
-    if len(wanted) != len(FILES):
-        raise UserError(f"{folder / SUMS}: damaged: it must name {', '.join(FILES)} and no other")
+    _require_file(folder / SUMS)
+    models, trainings = _files_of(folder)
+    paths = [*models, *trainings, folder / STATE]
+    for path in paths:
+        _require_file(path)
+    wanted = _wanted_sums(folder)
+    for path in paths[readers.rank :: readers.size]:
+        if _sum_of(path) not in wanted:
+            raise UserError(f"{path}: damaged: its sha256 is not the one in {SUMS}")
+    if len(wanted) != len(paths):
+        names = ", ".join(path.name for path in paths[:9])
+        raise UserError(f"{folder / SUMS}: damaged: it must name {names} and no other")
     return _read_state(folder)
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file() or path.is_symlink():
+        raise UserError(f"{path}: damaged: there is no such file")
 
 
 def _is_whole(folder: Path) -> bool:
@@ -515,9 +650,9 @@ def _pointers(run: Path) -> dict[str, str]:
     return pointers
 
 
-def _sums(folder: Path) -> list[str]:
-    """The lines of a checkpoint's SHA256SUMS, of what its files hold now."""
-    return [f"{sha256_of(folder / name)}  {name}\n" for name in FILES]
+def _sum_of(path: Path) -> str:
+    """The line of SHA256SUMS for a file as it is now."""
+    return f"{sha256_of(path)}  {path.name}\n"
 
 
 def _name_of(step: int) -> str:

@@ -43,7 +43,7 @@ from fastgpt.metrics import Axis, plot_losses
 from fastgpt.model import GPT
 from fastgpt.perplexity import text_loss
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
-from fastgpt.pretrained import export_hf, load_pretrained
+from fastgpt.pretrained import export_hf, find_pretrained
 from fastgpt.shards import SPLITS, Shard
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import Trainer, evaluation_batches, mean_loss
@@ -156,7 +156,7 @@ def _train(
         if not isinstance(model_config, GPTConfig):
             raise UserError(f"--init needs the preset of a GPT, which {preset} is not")
         own = {name: given[name] for name in field_types(GPTConfig).keys() & given.keys()}
-        init = load_pretrained(train_config.init, **{"dropout": model_config.dropout, **own})
+        init = find_pretrained(train_config.init, **{"dropout": model_config.dropout, **own})
         model_config = init.config
 
     console = Console(soft_wrap=True, highlight=False, quiet=not world.is_main)

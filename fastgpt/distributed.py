@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,8 @@ _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 class World:
     """The processes of a run: this one's rank among all and on its machine, and their number. Alone by default.
 
+    ``beside`` is their group for what goes on beside training, in another thread: its talk is kept apart.
+
     What follows is called by all of them at the same point of the program, and does nothing in a process alone.
     """
 
@@ -39,6 +41,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     store: dist.Store | None = None
+    beside: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -114,7 +117,7 @@ class World:
         """Spread every parameter of ``model`` over the processes, block by block, in place (FSDP2).
 
         A block's weights are gathered when it runs, forward and backward, and its gradients averaged and scattered.
-        They are moved to ``device`` a block at a time, so the whole model need not fit there.
+        A model on the meta device stays there: its shards get their memory by ``to_empty``, and nothing else ever does.
         """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -170,7 +173,7 @@ def join() -> World:
     store, rank, size = next(iter(dist.rendezvous("env://")))
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size)
-    _world = World(rank, size, local_rank, store)
+    _world = World(rank, size, local_rank, store, dist.new_group(backend="gloo"))
     return _world
 
 
@@ -220,24 +223,35 @@ def compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole of each tensor, in host memory of the main process; nothing in the others, which give their shards."""
-    found = {}
-    for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        if _world.is_main:
-            found[name] = whole.detach().to("cpu", copy=True)
-    return found
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this process has of ``tensor``: its shard, and the number of the shard's first row in the whole.
+
+    Of one that is not spread that is all of it, from row 0 on.
+    """
+    if not hasattr(tensor, "to_local"):
+        return tensor, 0
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    rows = -(-len(tensor) // mesh.size())  # of each shard but the last ones, as torch.chunk cuts
+    return tensor.to_local(), min(mesh.get_local_rank() * rows, len(tensor))
 
 
-def as_spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of ``tensor``, which every process has, in fp32 and as ``like`` is: on its device, or spread as it is."""
-    if not hasattr(like, "device_mesh"):
-        return tensor.to(like.device, torch.float32, copy=True)
-    from torch.distributed.tensor import distribute_tensor
+def on_host(tensors: Mapping[str, Tensor], copy: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """``copy`` of each tensor, which lies in host memory; of one that is spread, spread alike, each shard a copy."""
+    meshes = [tensor.device_mesh for tensor in tensors.values() if hasattr(tensor, "device_mesh")]
+    if not meshes:
+        return {name: copy(tensor) for name, tensor in tensors.items()}
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
 
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return distribute_tensor(tensor.float(), mesh, placements, src_data_rank=None)
+    host = init_device_mesh("cpu", (meshes[0].size(),))
+
+    def copy_of(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return copy(tensor)
+        shard, shape, stride = copy(tensor.to_local()), tensor.shape, tensor.stride()
+        return DTensor.from_local(shard, host, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+    return {name: copy_of(tensor) for name, tensor in tensors.items()}
 
 
 def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> None:

@@ -66,8 +66,20 @@ class KVCache:
 
 
 class Linear(nn.Linear):
+    """nn.Linear through ``ops.linear``, whose weights the model that it is part of draws."""
+
+    def reset_parameters(self) -> None:
+        pass
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)  # (..., out_features)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, whose weights the model that it is part of draws."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 class LayerNorm(nn.Module):
@@ -180,8 +192,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config)
         self.dropout = config.dropout
@@ -208,22 +220,32 @@ class GPT(nn.Module):
 
     Weights are drawn from N(0, 0.02), those of the projections onto the residual stream from
     N(0, 0.02 / sqrt(2 n_layer)); biases start at 0.
+
+    Args:
+        drawn: False leaves the weights as their memory is, to someone who has others.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, *, drawn: bool = True) -> None:
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        if drawn:
+            for name, parameter in self.named_parameters():
+                self.draw(name, parameter)
+
+    def draw(self, name: str, parameter: Tensor) -> None:
+        """Give the parameter of this name, whole and in place, the value that training starts from."""
+        if name.endswith("c_proj.weight"):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.ones_(parameter)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **settings: Any) -> GPT:
@@ -301,10 +323,16 @@ class GPT(nn.Module):
 class Bigram(nn.Module):
     """The baseline of the lecture: a table of logits for the next token, looked up by the present one."""
 
-    def __init__(self, config: BigramConfig) -> None:
+    def __init__(self, config: BigramConfig, *, drawn: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding_table = nn.Embedding(config.vocab_size, config.vocab_size)
+        self.token_embedding_table = Embedding(config.vocab_size, config.vocab_size)
+        if drawn:
+            self.draw("token_embedding_table.weight", self.token_embedding_table.weight)
+
+    def draw(self, name: str, parameter: Tensor) -> None:
+        """As ``GPT.draw``: from N(0, 1), as nn.Embedding is."""
+        nn.init.normal_(parameter)
 
     def forward(
         self,

@@ -19,14 +19,15 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgpt.checkpoint import load_model, read_config
+from fastgpt.checkpoint import bare_model, open_checkpoint, read_config, stored_weights
 from fastgpt.config import GPTConfig, UserError, field_types, told
+from fastgpt.distributed import own_rows
 from fastgpt.extras import require
 from fastgpt.files import json_bytes, new_folder, read_json
 from fastgpt.model import GPT
-from fastgpt.tensor_files import check_tensors, read_tensors, tensor_names
+from fastgpt.tensor_files import Stored, check_tensors, find_tensors, tensor_names
 from fastgpt.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -55,11 +56,20 @@ _HARMLESS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Weights under our names, checked against the shape of their model."""
+class Pretrained:
+    """Weights from elsewhere under our names, held to the shape of their model, and ``config`` for a model of them."""
 
     config: GPTConfig
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Stored]
+
+    def fill(self, model: nn.Module) -> None:
+        """Read them into a GPT of ``config``; of one that is sharded, each process reads its own rows.
+
+        Raises:
+            UserError: a NaN or an infinity among them.
+        """
+        for name, param in model.named_parameters():
+            self.tensors[name].copy_to(*own_rows(param.detach()))
 
 
 def load_pretrained(source: str | Path, **settings: Any) -> GPT:
@@ -76,6 +86,14 @@ def load_pretrained(source: str | Path, **settings: Any) -> GPT:
         UserError: nothing there, a file that is damaged or not what it seems, a model that GPT cannot represent, or a
             setting that these weights do not have.
     """
+    found = find_pretrained(source, **settings)
+    model = GPT(found.config, drawn=False)
+    found.fill(model)
+    return model.eval()
+
+
+def find_pretrained(source: str | Path, **settings: Any) -> Pretrained:
+    """What ``load_pretrained`` reads, not read yet: the arguments and errors are the same."""
     found = _find(source, "dropout" in settings)
     for name, value in settings.items():
         if name not in field_types(GPTConfig):
@@ -89,15 +107,7 @@ def load_pretrained(source: str | Path, **settings: Any) -> GPT:
             f"block_size must be at most {found.config.block_size}, the positions that {source} knows, got "
             f"{config.block_size}"
         )
-    with torch.device("meta"):
-        model = GPT(config)  # draws no weights
-    model.to_empty(device="cpu")
-    if config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            param.copy_(found.tensors[name][: len(param)])  # fewer of wpe alone
-    return model.eval()
+    return dataclasses.replace(found, config=config)
 
 
 def tokenizer_of(source: str | Path) -> Tokenizer | None:
@@ -179,17 +189,17 @@ def gelu_of(activation: Any) -> str | None:
     return next((gelu for gelu, names in _ACTIVATIONS.items() if activation in names), None)
 
 
-def _find(source: str | Path, any_dropout: bool) -> _Found:
+def _find(source: str | Path, any_dropout: bool) -> Pretrained:
     path = Path(source).expanduser()
     kind = _kind(path)
     if kind in ("name", "hf"):
         return _read_hf(path if kind == "hf" else _download(str(source)), any_dropout)
     if kind == "nanogpt":
         return _read_nanogpt(path / NANOGPT if path.is_dir() else path)
-    model = load_model(path)[0]
-    if not isinstance(model, GPT):
-        raise UserError(f"{path}: the weights of a GPT are wanted, and this run trained a {type(model).__name__}")
-    return _Found(model.config, dict(model.named_parameters()))
+    config, _, _ = read_config(path)
+    if not isinstance(config, GPTConfig):
+        raise UserError(f"{path}: the weights of a GPT are wanted, and this run trained a Bigram")
+    return Pretrained(config, stored_weights(config, open_checkpoint(path, "best")[0]))
 
 
 def _kind(path: Path) -> Literal["name", "hf", "nanogpt", "run"]:
@@ -216,7 +226,7 @@ def _download(name: str) -> Path:
         raise UserError(f"{name}: neither here nor to be had from the Hugging Face Hub ({reason})") from error
 
 
-def _read_hf(folder: Path, any_dropout: bool) -> _Found:
+def _read_hf(folder: Path, any_dropout: bool) -> Pretrained:
     config = _hf_config(folder / "config.json", any_dropout)
     files = _hf_files(folder)
     own = _parameters(folder, config, files)
@@ -225,11 +235,13 @@ def _read_hf(folder: Path, any_dropout: bool) -> _Found:
     missing = theirs.keys() - files.keys()
     if missing:
         raise UserError(f"{folder}: damaged: its weights lack {min(missing)}")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Stored] = {}
     for file in {files[name] for name in theirs}:
         like = {name: _turned(ours, own[ours]) for name, ours in theirs.items() if files[name] == file}
-        tensors |= {theirs[name]: _turned(name, found) for name, found in read_tensors(folder / file, like).items()}
-    return _Found(config, tensors)
+        for name, found in find_tensors([folder / file], like).items():
+            pieces = [(row, _turned(name, piece)) for row, piece in found.pieces]
+            tensors[theirs[name]] = dataclasses.replace(found, pieces=pieces)
+    return Pretrained(config, tensors)
 
 
 def _turned(name: str, weight: Tensor) -> Tensor:
@@ -310,7 +322,7 @@ def _read_hf_tokenizer(path: Path) -> Tokenizer | None:
         raise UserError(f"{path}: {error}") from error
 
 
-def _read_nanogpt(path: Path) -> _Found:
+def _read_nanogpt(path: Path) -> Pretrained:
     """nanoGPT's model has exact GELU and ties its weights."""
     checkpoint = _unpickle(path)
     arguments, weights = (
@@ -326,7 +338,7 @@ def _read_nanogpt(path: Path) -> _Found:
     # torch.compile puts a prefix before the names.
     tensors = {str(name).removeprefix("_orig_mod."): t for name, t in weights.items() if isinstance(t, Tensor)}
     check_tensors(path, tensors, _parameters(path, config, tensors))
-    return _Found(config, tensors)
+    return Pretrained(config, {name: Stored(path, name, [(0, tensor)]) for name, tensor in tensors.items()})
 
 
 def _unpickle(path: Path) -> Any:
@@ -379,5 +391,4 @@ def _parameters(path: Path, config: GPTConfig, names: Collection[str]) -> dict[s
         raise UserError(
             f"{path}: n_layer must be {len(blocks)}, the blocks whose weights are there, got {config.n_layer}"
         )
-    with torch.device("meta"):
-        return dict(GPT(config).named_parameters())
+    return dict(bare_model(config, "meta").named_parameters())

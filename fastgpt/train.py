@@ -24,12 +24,14 @@ from fastgpt.checkpoint import (
     CHECKPOINTS,
     CheckpointWriter,
     RunState,
-    build_model,
+    bare_model,
+    bare_model_of,
+    draw_weights,
     go_back_to,
     load_training,
+    load_weights,
     open_checkpoint,
     read_config,
-    restore_model,
     what_stands,
     write_config,
 )
@@ -41,7 +43,7 @@ from fastgpt.metrics import Metrics, check_tensorboard, metrics_until, plot_loss
 from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, fp32_products, peak_memory, pick_backend, pick_device, pick_dtype
-from fastgpt.pretrained import tokenizer_of
+from fastgpt.pretrained import Pretrained, tokenizer_of
 from fastgpt.profiling import FIRST, LAST, traced
 from fastgpt.shards import is_prepared
 from fastgpt.tokenizer import Tokenizer
@@ -85,7 +87,7 @@ class Trainer:
         keep_vocab_size: bool = False,
         resume: bool = False,
         checkpoint: str = "last",
-        init: GPT | None = None,
+        init: Pretrained | None = None,
         console: Console | None = None,
     ) -> None:
         self.world = distributed.world()
@@ -131,8 +133,9 @@ class Trainer:
             )
         elif config.init and init is None:
             raise UserError(f"the settings name weights to start from ({config.init}), so Trainer needs them as init")
-        self.model = restore_model(model_config, folder) if folder else init or build_model(model_config)
-        self.model.train()
+        is_shared = config.parallel == "fsdp" and self.world.size > 1
+        place = torch.device("meta") if is_shared else self.device
+        self.model = bare_model_of(model_config, folder, place) if folder else bare_model(model_config, place)
         left = config.max_iters - self.state.step
         if config.profile and left < LAST:
             raise UserError(
@@ -141,10 +144,15 @@ class Trainer:
             )
         if config.recompute and isinstance(self.model, GPT):
             self.model.recompute_blocks()
-        if config.parallel == "fsdp" and self.world.size > 1:
+        if is_shared:
             self.world.shard(self.model, self.device)
+            self.model.to_empty(device=self.device)
+        if folder:
+            load_weights(folder, self.model)
+        elif init is not None:
+            init.fill(self.model)
         else:
-            self.model.to(self.device)
+            draw_weights(self.model)
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if folder:
@@ -474,7 +482,7 @@ def _with_vocabulary(model_config: ModelConfig, dataset: Dataset, keep: bool) ->
     return model_config
 
 
-def _require_vocabulary(weights: GPT, dataset: Dataset, source: str) -> None:
+def _require_vocabulary(weights: Pretrained, dataset: Dataset, source: str) -> None:
     """Other tokens than the weights know would be taken for theirs. nanoGPT pads a vocabulary to a multiple of 64."""
     tokens, rows = dataset.tokenizer.vocab_size, weights.config.vocab_size
     if rows not in (tokens, -(-tokens // 64) * 64):

@@ -167,7 +167,7 @@ def calls_that_change_files(run: Path, monkeypatch, stop_at: int | None) -> int:
             (Path, "write_bytes"),
             (Path, "write_text"),
             (shutil, "rmtree"),
-            (checkpoint, "save_file"),
+            (checkpoint, "save_tensors"),
         ):
             patched.setattr(owner, name, counted(getattr(owner, name)))
         with contextlib.suppress(Killed):

@@ -1,15 +1,18 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from fastgpt import GPT, GPTConfig, distributed, use_backend
 from fastgpt import train as training
@@ -142,6 +145,26 @@ def test_a_sharded_model_takes_the_same_step(alone_in_a_group, backend):
         torch.testing.assert_close(q.full_tensor(), p, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize(("rows", "size"), [(6, 4), (6, 2), (7, 3), (1, 4), (27, 8)])
+def test_the_rows_of_a_shard_are_those_that_torch_chunk_cuts(rows, size):
+    class Spread:
+        def __init__(self, rank):
+            chunks = torch.arange(rows).chunk(size)
+            self.device_mesh = SimpleNamespace(size=lambda: size, get_local_rank=lambda: rank)
+            self.shard = chunks[rank] if rank < len(chunks) else torch.arange(0)
+
+        def __len__(self):
+            return rows
+
+        def to_local(self):
+            return self.shard
+
+    for rank in range(size):
+        own, first_row = distributed.own_rows(Spread(rank))
+        assert own.tolist() == list(range(first_row, first_row + len(own)))
+        assert first_row <= rows
+
+
 @pytest.mark.parametrize(("backend", "rows"), [("cpp", 36), ("torch", 44)])
 def test_a_block_keeps_what_the_page_says(backend, rows):
     B, T, C, H = 5, 16, 48, 3
@@ -187,22 +210,6 @@ SETTINGS = {
     "log-interval": 3,
     "sample-tokens": 5,
 }
-
-
-def test_a_tensor_is_spread_and_gathered_again(alone_in_a_group):
-    model = GPT(MODEL)
-    wanted = {name: p.detach().clone() for name, p in model.named_parameters()}
-    World().shard(model, torch.device("cpu"))
-    spread = {name: distributed.as_spread(wanted[name], p) for name, p in model.named_parameters()}
-    assert all(type(x).__name__ == "DTensor" for x in spread.values())
-    found = distributed.gathered({**spread, "step": torch.ones(())})
-    assert found.pop("step") == 1
-    assert found.keys() == wanted.keys()
-    for name, x in wanted.items():
-        assert torch.equal(found[name], x)
-        assert type(found[name]) is torch.Tensor
-        found[name].zero_()  # a copy
-        assert torch.equal(spread[name].full_tensor(), x)
 
 
 @pytest.fixture
@@ -301,10 +308,11 @@ def runs(tmp_path_factory):
         halves.append(arguments(folder / f"halves-{parallel}", "--resume", max_iters=12))
         halves += [new(f"{dtype}-{parallel}", parallel, dtype=dtype) for dtype in ("bf16", "fp16")]
     train_all(1, new("1ddp"), new("bf16"), new("fp16"), first(up))
-    train_all(4, new("4ddp"), new("4fsdp"), first(down))
-    train_all(2, new("2ddp"), new("2fsdp"), then(up, 1, 6), then(down, 1, 6), first(shards), *halves)
+    train_all(4, new("4ddp"), new("4fsdp", "fsdp"), first(down))
+    train_all(2, new("2ddp"), new("2fsdp", "fsdp"), then(up, 1, 6), then(down, 1, 6), first(shards), *halves)
     train_all(4, then(up, 2, 12), then(shards, 1, 12))
-    train_all(1, then(down, 2, 12))
+    train_all(2, new("2fsdp-init", "fsdp", init=folder / "4fsdp", max_iters=1))
+    train_all(1, then(down, 2, 12), new("1ddp-init", init=folder / "4fsdp", max_iters=1))
     return folder
 
 
@@ -338,6 +346,80 @@ class TestSeveralProcesses:
         assert halves == whole
         assert whole != losses(runs / f"2{parallel}")[12, "val", 5], "it dropped nothing"
 
+    @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+    def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not(self, runs, parallel):
+        whole, halves = (find_checkpoint(runs / f"{name}-{parallel}") for name in ("whole", "halves"))
+        files = sorted(path.name for path in whole.glob("*.safetensors"))
+        assert len(files) == {"ddp": 2, "fsdp": 4}[parallel]
+        for name in files:
+            assert (whole / name).read_bytes() == (halves / name).read_bytes(), name
+
+    def test_each_process_writes_its_shards(self, runs):
+        folder = find_checkpoint(runs / "4fsdp")
+        kinds = ("model", "training")
+        parts = [f"{kind}-0000{part}-of-00004.safetensors" for kind in kinds for part in range(1, 5)]
+        assert sorted(path.name for path in folder.iterdir()) == sorted([*parts, "state.json", "SHA256SUMS"])
+        rows = [load_file(folder / name)["transformer.wte.weight"].shape[0] for name in parts[:4]]
+        assert rows == [7, 7, 7, 6]
+        whole = find_checkpoint(runs / "1ddp")
+        assert sorted(path.name for path in whole.glob("*.safetensors")) == [f"{kind}.safetensors" for kind in kinds]
+
+    def test_a_sharded_run_begins_from_a_sharded_runs_weights(self, runs):
+        assert losses(runs / "2fsdp-init")[0, "val", 3] == losses(runs / "1ddp-init")[0, "val", 3]
+        assert losses(runs / "2fsdp-init")[0, "val", 3] < losses(runs / "1ddp")[0, "val", 3] - 0.3
+
+    def test_other_commands_know_no_difference(self, runs, command, tmp_path, monkeypatch):
+        monkeypatch.setenv("FASTGPT_CACHE", str(runs / "cache"))
+        run = runs / "4fsdp"
+        code, out, _ = command("eval", run, "--device=cpu", "--checkpoint=last")
+        assert code == 0
+        assert f"{losses(run)[12, 'val', 5]:.4f}" in out
+        assert command("sample", run, "--device=cpu", "--num-tokens=5")[0] == 0
+        assert command("export", run, "--to=hf", f"--out={tmp_path / 'hf'}")[0] == 0
+        assert command("plot", run, f"--out={tmp_path / 'loss.png'}")[0] == 0
+
+    def test_a_damaged_part_is_refused_by_name_and_an_earlier_checkpoint_offered(self, runs, tmp_path, text):
+        run = tmp_path / "run"
+        shutil.copytree(runs / "2fsdp", run)
+        shutil.copytree(runs / "cache", tmp_path / "cache")
+        last = find_checkpoint(run)
+        path = last / "training-00002-of-00002.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        line = launch_line(2, "-m", "fastgpt", *arguments(run, "--resume", max_iters=14, data=text))
+        done = subprocess.run(line, capture_output=True, text=True, env=environment(tmp_path), timeout=280)
+        assert done.returncode != 0
+        assert done.stderr.count("fastgpt: ") == 1
+        sentence = f"{path}: damaged: its sha256 is not the one in SHA256SUMS; --checkpoint step-00000006 is whole"
+        assert sentence in done.stderr
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+    def test_no_process_has_the_whole(self, tmp_path, text):
+        """Not the weights and AdamW's moments of a model of 30 million parameters, 12 bytes of each."""
+        shape = {"n_layer": 24, "n_head": 5, "n_embd": 320, "batch_size": 4, "grad_accum": 1}
+        settings = {**shape, "eval_iters": 1, "final_eval_iters": 1, "eval_interval": 1, "sample_tokens": 0}
+        (tmp_path / "measured.py").write_text(MEASURED)
+
+        def grown(size, *more, **changes):
+            line = launch_line(size, str(tmp_path / "measured.py"), *arguments(tmp_path / "run", *more, **changes))
+            whole_blocks = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back, and is not counted on
+            env = {**environment(tmp_path), **whole_blocks}
+            done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=280)
+            assert done.returncode == 0, done.stderr
+            sizes = [int(path.read_text()) for path in tmp_path.glob("grown-*")]
+            for path in tmp_path.glob("grown-*"):
+                path.unlink()
+            return sizes
+
+        shares = grown(4, parallel="fsdp", max_iters=1, **settings) + grown(4, "--resume", max_iters=2)
+        whole = grown(1, "--resume", max_iters=3)
+        parameters = sum(p.numel() for p in load_model(tmp_path / "run", "last")[0].parameters())
+        print(f"{parameters:,} parameters; bytes of each: {[round(size / parameters, 1) for size in shares + whole]}")
+        assert len(shares) == 8
+        assert max(shares) < 12 * parameters
+        assert min(whole) > 24 * parameters, "this measures nothing"
+
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     def test_half_precision(self, runs, dtype):
         wanted = losses(runs / dtype)[12, "val", 5]
@@ -352,16 +434,25 @@ class TestSeveralProcesses:
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(
-        ("fault", "sentence"),
+        ("parallel", "fault", "sentence"),
         [
-            ("raise MemoryError('planted')", "fastgpt: out of memory: planted"),
-            ("self._losses[-1] *= float('nan')", "fastgpt: the loss became nan at step 5, so the run was stopped"),
+            ("ddp", "raise MemoryError('planted')", "fastgpt: out of memory: planted"),
+            (
+                "ddp",
+                "self._losses[-1] *= float('nan')",
+                "fastgpt: the loss became nan at step 5, so the run was stopped",
+            ),
+            (
+                "fsdp",
+                "checkpoint.sync = lambda path: open('/dev/full', 'w').write('x' * 10**6)",
+                "fastgpt: the checkpoint of step 6 could not be written ([Errno 28] No space left on device)",
+            ),
         ],
     )
-    def test_a_fault_of_one_process_is_the_reason_that_all_end(self, tmp_path, text, fault, sentence):
+    def test_a_fault_of_one_process_is_the_reason_that_all_end(self, tmp_path, text, parallel, fault, sentence):
         script = tmp_path / "faulty.py"
         script.write_text(FAULTY.format(fault=fault))
-        done = train(2, tmp_path / "run", program=(str(script),))
+        done = train(2, tmp_path / "run", program=(str(script),), parallel=parallel)
         assert done.returncode != 0
         assert done.stderr.count(sentence) == 1
         assert done.stderr.count("fastgpt: ") == 1
@@ -378,9 +469,10 @@ class TestSeveralProcesses:
         assert state["step"] > 0
         assert f"stopped at step {state['step']}" in out
 
-    def test_the_death_of_a_process_ends_the_run_with_its_reason(self, tmp_path, text):
+    @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+    def test_the_death_of_a_process_ends_the_run_with_its_reason(self, tmp_path, text, parallel):
         run = tmp_path / "run"
-        process = started(run, "ddp")
+        process = started(run, parallel)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         victim = next(pid for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
         began = time.monotonic()
@@ -395,7 +487,7 @@ class TestSeveralProcesses:
 
 FAULTY = """
 import os
-from fastgpt import cli
+from fastgpt import checkpoint, cli
 from fastgpt.train import Trainer
 
 def step(self, real=Trainer._step):
@@ -405,6 +497,24 @@ def step(self, real=Trainer._step):
 
 Trainer._step = step
 cli.main()
+"""
+
+
+MEASURED = """
+import os
+import re
+from pathlib import Path
+from fastgpt import cli, joint_checkpoint  # the last is loaded late otherwise
+
+def memory(kind):
+    return int(re.search(rf"Vm{kind}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+Path("/proc/self/clear_refs").write_text("5")  # forgets the peak until now
+before = memory("RSS")
+try:
+    cli.main()
+finally:
+    Path(__file__).with_name(f"grown-{os.getpid()}").write_text(str(memory("HWM") - before))
 """
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.checkpoint import (
-    FILES,
     SUMS,
     RunState,
     Snapshot,
@@ -32,10 +32,12 @@ from fastgpt.checkpoint import (
 from fastgpt.config import TrainConfig, UserError
 from fastgpt.files import sha256_of
 from fastgpt.optim import build_optimizer
+from fastgpt.tensor_files import save_tensors
 from fastgpt.tokenizer import CharTokenizer
 
 CONFIG = GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8)
 STEP = "checkpoints/step-00000001"
+FILES = ("model.safetensors", "training.safetensors", "state.json")
 MODEL, TRAINING, STATE = (f"{STEP}/{name}" for name in FILES)
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -110,7 +112,48 @@ def add_a_line_of_sums(run: Path) -> None:
 
 
 def sum_again(run: Path) -> None:
-    (run / STEP / SUMS).write_text("".join(f"{sha256_of(run / STEP / name)}  {name}\n" for name in FILES))
+    names = sorted(path.name for path in (run / STEP).iterdir() if path.suffix in (".safetensors", ".json"))
+    (run / STEP / SUMS).write_text("".join(f"{sha256_of(run / STEP / name)}  {name}\n" for name in names))
+
+
+def part(kind: str, number: int) -> str:
+    return f"{STEP}/{kind}-0000{number}-of-00002.safetensors"
+
+
+def in_two(harm: Callable[[Path], object] = lambda run: None) -> Callable[[Path], None]:
+    """``harm`` done to the run when its checkpoint is in two parts, as two processes write a sharded one."""
+
+    def split(run: Path) -> None:
+        for kind, path in (("model", run / MODEL), ("training", run / TRAINING)):
+            tensors = load_file(path)
+            for number in (1, 2):
+                first = {name: (number - 1) * -(-len(t) // 2) for name, t in tensors.items() if t.dim()}
+                mine = {name: tensors[name].chunk(2)[number - 1].clone() for name in first}
+                offsets = {name: [row] + [0] * (mine[name].dim() - 1) for name, row in first.items()}
+                if number == 1:
+                    mine |= {name: t for name, t in tensors.items() if name not in first}
+                save_tensors(mine, run / part(kind, number), {**dict.fromkeys(mine, ()), **offsets})
+            path.unlink()
+        harm(run)
+
+    return split
+
+
+def edit_part(
+    kind: str, number: int, edit: Callable[[torch.Tensor], torch.Tensor], further: int = 0
+) -> Callable[[Path], None]:
+    """Change the tensors of a part, and what its header says of the rows that they are."""
+
+    def change(run: Path) -> None:
+        path = run / part(kind, number)
+        with safe_open(path, "pt") as file:
+            sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+        offsets = {
+            name: [entry["saved_offsets"][0] + further, *entry["saved_offsets"][1:]] for name, entry in sharding.items()
+        }
+        save_tensors({name: edit(tensor) for name, tensor in load_file(path).items()}, path, offsets)
+
+    return change
 
 
 # What is done to a run, and what is said of it. The sums are those of what was done, but where they are the matter.
@@ -190,6 +233,38 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "a linked file": (link_elsewhere(MODEL), "model.safetensors: damaged: there is no such file"),
     "a linked checkpoint": (link_elsewhere(STEP), "there is no checkpoint step-00000001; there is none"),
     "a pipe": (pipe, "model.safetensors: damaged: there is no such file"),
+    "a part less": (
+        in_two(lambda run: (run / part("training", 2)).unlink()),
+        "training-00002-of-00002.safetensors: damaged: ",
+    ),
+    "a part twice": (
+        in_two(lambda run: shutil.copy(run / part("model", 1), run / part("model", 2))),
+        ": damaged: its files have row 0 of transformer.",
+    ),
+    "a part of numbers alone": (
+        in_two(lambda run: save_file(load_file(run / part("model", 2)), run / part("model", 2))),
+        ": damaged: its files have row 0 of transformer.",
+    ),
+    "a part of NaN": (
+        in_two(edit_part("model", 2, lambda t: t.fill_(float("nan")))),
+        "step-00000001: damaged: transformer.",
+    ),
+    "a part of 2^60 rows on": (
+        in_two(edit_part("model", 2, lambda t: t, 2**60)),
+        ": damaged: its files have row ",
+    ),
+    "a linked part": (
+        in_two(link_elsewhere(part("model", 2))),
+        "model-00002-of-00002.safetensors: damaged: there is no such",
+    ),
+    "a pickled part": (
+        in_two(lambda run: (run / part("training", 1)).write_bytes(pickle.dumps(Bomb(run / "exploded")))),
+        "not a safetensors file",
+    ),
+    "sums of 10^4 parts": (
+        lambda run: (run / STEP / SUMS).write_text("".join(f"{'0' * 64}  model-{i:05d}\n" for i in range(10**4))),
+        "model-00001-of-10000.safetensors: damaged: there is no such file",
+    ),
     "2^23 layers": (edit_config("model", n_layer=1 << 23), "the settings ask for 8,388,608 layers and "),
     "a few more layers": (edit_config("model", n_layer=4), "damaged: it lacks transformer.h.1."),
     "10^30 layers": (edit_config("model", n_layer=10**30), "n_layer must be less than 2^24"),
@@ -202,7 +277,7 @@ HARM: dict[str, tuple[Callable[[Path], object], str]] = {
     "a dropout of 401 digits": (edit_config("model", dropout=10**400), "dropout must be a number that a float can"),
     "an infinite rate": (edit_config("train", lr=float("inf")), "lr must be greater than 0 and finite"),
 }
-SUMS_AS_THEY_ARE = ("sums with ../", "sums of another", "a linked checkpoint", "a pipe")
+SUMS_AS_THEY_ARE = ("sums of 10^4 parts", "sums with ../", "sums of another", "a linked checkpoint", "a pipe")
 
 KIB = 1024
 MOST = 64 * KIB  # in KiB, beyond what the process has before
@@ -264,6 +339,17 @@ def test_each_is_refused_in_one_sentence_with_nothing_executed_in_bounded_memory
         assert "0" * 41 not in answer, name
         assert not (runs[name] / "exploded").exists(), name
     assert memory < MOST, f"{memory} KiB"
+
+
+def test_a_checkpoint_in_two_parts_is_read_and_what_pytorch_would_unpickle_is_not(run, tmp_path):
+    wanted = load_model(run)[0].state_dict()
+    in_two()(run)
+    sum_again(run)
+    (run / STEP / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))  # of other checkpoints of DCP's
+    assert read(run) == ""
+    for name, tensor in load_model(run)[0].state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_a_bomb_explodes_where_it_is_unpickled(tmp_path):

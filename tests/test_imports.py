@@ -16,7 +16,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("train", "generate", "attention_maps", "perplexity", "integrations", "benchmarks"),
-    ("model", "data", "optim", "checkpoint", "pretrained", "metrics", "placement", "distributed"),
+    ("model", "data", "optim", "checkpoint", "joint_checkpoint", "pretrained", "metrics", "placement", "distributed"),
     ("ops",),
     ("dispatch",),
     ("reference", "torch_native"),

@@ -21,12 +21,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgpt import GPT, GPTConfig, checkpoint, metrics
+from fastgpt import GPTConfig, checkpoint, metrics
 from fastgpt import train as training
-from fastgpt.checkpoint import checkpoint_names, find_checkpoint, load_model, open_checkpoint, read_config
+from fastgpt.checkpoint import Making, checkpoint_names, find_checkpoint, load_model, open_checkpoint, read_config
 from fastgpt.config import TrainConfig, TrainingError, UserError
 from fastgpt.data import prepare
 from fastgpt.metrics import read_metrics
+from fastgpt.pretrained import Pretrained
 from fastgpt.train import Trainer
 
 MODEL = GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
@@ -225,9 +226,10 @@ def test_a_run_on_a_prepared_folder_goes_on_with_its_tokens(tmp_path):
         trainer(tmp_path / "halves", max_iters=12)
 
 
-def test_a_run_from_given_weights_that_wrote_no_checkpoint_is_not_begun_from_others(tmp_path):
+def test_a_run_from_given_weights_that_wrote_no_checkpoint_is_not_begun_from_others(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, data=str(tmp_path / "text.txt"), init="elsewhere", tokenizer="char")
-    weights = GPT(dataclasses.replace(MODEL, vocab_size=28))
+    weights = Pretrained(dataclasses.replace(MODEL, vocab_size=28), {})
+    monkeypatch.setattr(Pretrained, "fill", lambda self, model: None)
     Trainer(weights.config, config, tmp_path / "run", init=weights, console=Console(quiet=True))
     with pytest.raises(UserError, match="killed before its first checkpoint: begin it anew, with --init elsewhere"):
         trainer(tmp_path / "run")
@@ -250,12 +252,12 @@ def test_a_run_may_go_back_to_an_earlier_checkpoint(tmp_path):
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     t = trainer(tmp_path / "run", max_iters=9, keep=3)
     gone_on = threading.Event()
-    real = checkpoint._fill
+    real = Making.fill
     weights = {}
 
-    def fill(folder, snapshot):
+    def fill(making, *tensors):
         assert gone_on.wait(30), "the run waited for its checkpoint"
-        real(folder, snapshot)
+        return real(making, *tensors)
 
     def watch():
         if t.state.step == 5:
@@ -263,7 +265,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         if t.state.step == 7:
             gone_on.set()
 
-    monkeypatch.setattr(checkpoint, "_fill", fill)
+    monkeypatch.setattr(Making, "fill", fill)
     t._step = before_each(t._step, watch)
     t.run_until_done()
     model, _, _, state = load_model(tmp_path / "run", "step-5")
