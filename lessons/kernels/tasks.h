@@ -10,6 +10,8 @@
 
 #ifdef FASTGPT_EMULATE
 #include <vector>
+
+#include "../../csrc/emulator/control.h"
 #endif
 
 using fastgpt::cuda::fp16;
@@ -45,7 +47,12 @@ template <class T>
 class Scratch {
  public:
 #ifdef FASTGPT_EMULATE
-  Scratch(size_t count, cudaStream_t) : memory_(count * sizeof(T) / 4 + 1, NAN) {}
+  Scratch(size_t count, cudaStream_t) : memory_(count * sizeof(T) / 4 + 1, NAN) {
+    fastgpt::emulator::add_memory(memory_.data(), count * sizeof(T), "scratch memory");
+  }
+  ~Scratch() { fastgpt::emulator::remove_memory(memory_.data()); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   T* data() { return reinterpret_cast<T*>(memory_.data()); }
 
  private:
