@@ -359,6 +359,22 @@ def test_what_goes_wrong_within_a_kernel_is_told_with_its_line(own: Callable[...
         triton_rung.run(own("cols < N, other", "cols < missing, other"), small)
 
 
+@in_the_interpreter
+@pytest.mark.parametrize(
+    ("old", "new", "line", "count"),
+    [
+        ("cols < N, other", "cols <= N, other", 10, 1),  # beyond the last row
+        ("mask=cols < N)", "mask=cols < 2 * N)", 12, 12),  # a block of 32 for a row of 20
+        ("y = torch.empty_like(x)", "y = torch.empty_like(x)[:2]", 12, 20),
+    ],
+)
+def test_what_lies_beyond_the_tensors_is_not_touched(
+    own: Callable[..., Rung], small: Problem, old: str, new: str, line: int, count: int
+) -> None:
+    with pytest.raises(RungError, match=rf"^mine.py, line {line}: IndexError: {count} elements lie beyond the tensors"):
+        triton_rung.run(own(old, new), small)
+
+
 def test_compiling_tells_what_it_came_to_or_why_not(own: Callable[..., Rung], tmp_path: Path) -> None:
     """In one process for both, since starting it takes seconds."""
     good = own()
