@@ -387,3 +387,17 @@ def test_compiling_tells_what_it_came_to_or_why_not(own: Callable[..., Rung], tm
     assert counts["tensor-core instructions"] == counts["async copies"] == 0
     with pytest.raises(RungError, match=re.compile(r"bad\.py, line \d+: .*no_such_function", re.DOTALL)):
         triton_rung.resources(read_rung(bad))
+
+
+@pytest.mark.full
+@in_the_interpreter
+def test_another_process_counts_the_same(own: Callable[..., Rung], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU, where this one does not interpret; of a file that changed it is asked anew."""
+    seen = []
+    for new in ("tl.max(x, axis=0)", "tl.max(x, axis=0) * tl.load(x_ptr)"):
+        rung = own("tl.max(x, axis=0)", new)
+        seen.append(triton_rung.counted(rung))
+        with monkeypatch.context() as on_a_gpu:
+            on_a_gpu.setattr(triton_rung, "interpreting", lambda: False)
+            assert triton_rung._told("counted", rung) == seen[-1]
+    assert seen[0] != seen[1]
