@@ -193,6 +193,15 @@ def test_a_race_is_told_in_the_emulators_words(changed: Callable[..., Path]) -> 
     )
 
 
+def test_an_access_beyond_a_tensor_is_told(changed: Callable[..., Path]) -> None:
+    outcome = one(changed("01_naive", "  if (m >= M) return;\n", ""))
+    assert outcome.error is not None
+    assert re.match(
+        r"01_naive\.cu:\d+: ldg: 4 bytes out of the bounds of global memory \(at byte \d+ of x, which has 20020\)",
+        outcome.error,
+    )
+
+
 def test_what_writes_nothing_is_wrong(changed: Callable[..., Path]) -> None:
     outcome = one(changed("07_registers", "    if (at < N / kCount) stg(results + at, item);\n", ""))
     assert [wrong.got != wrong.got for _, wrong in outcome.wrong] == [True] * 3
