@@ -140,12 +140,14 @@ def run(rung: Rung, problem: Problem, *, count: bool = False, order: str = "skew
     with emulator.schedule(order, copies, count_banks=count, count_memory=count) as module:
         module.reset_counters()
         call()
+        if not count:
+            return Execution(call.outputs)
         launched = module.counters()
         _launched[rung.path] = set(launched)
-        return Execution(call.outputs, _counts(launched.values()) if count else {})
+        return Execution(call.outputs, _counts(launched.values()))
 
 
-# Of the kernels in a rung's file those that its function has launched, by the emulator's names for them.
+# Of the kernels in a rung's file those that were launched when it was counted, by the emulator's names for them.
 _launched: dict[Path, set[str]] = {}
 
 
