@@ -359,6 +359,22 @@ def test_what_goes_wrong_within_a_kernel_is_told_with_its_line(own: Callable[...
         triton_rung.run(own("cols < N, other", "cols < missing, other"), small)
 
 
+@in_the_interpreter
+@pytest.mark.parametrize(
+    ("old", "new", "line", "count"),
+    [
+        ("cols < N, other", "cols <= N, other", 10, 1),  # beyond the last row
+        ("mask=cols < N)", "mask=cols < 2 * N)", 12, 12),  # a block of 32 for a row of 20
+        ("y = torch.empty_like(x)", "y = torch.empty_like(x)[:2]", 12, 20),
+    ],
+)
+def test_what_lies_beyond_the_tensors_is_not_touched(
+    own: Callable[..., Rung], small: Problem, old: str, new: str, line: int, count: int
+) -> None:
+    with pytest.raises(RungError, match=rf"^mine.py, line {line}: IndexError: {count} elements lie beyond the tensors"):
+        triton_rung.run(own(old, new), small)
+
+
 def test_compiling_tells_what_it_came_to_or_why_not(own: Callable[..., Rung], tmp_path: Path) -> None:
     """In one process for both, since starting it takes seconds."""
     good = own()
@@ -371,3 +387,17 @@ def test_compiling_tells_what_it_came_to_or_why_not(own: Callable[..., Rung], tm
     assert counts["tensor-core instructions"] == counts["async copies"] == 0
     with pytest.raises(RungError, match=re.compile(r"bad\.py, line \d+: .*no_such_function", re.DOTALL)):
         triton_rung.resources(read_rung(bad))
+
+
+@pytest.mark.full
+@in_the_interpreter
+def test_another_process_counts_the_same(own: Callable[..., Rung], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU, where this one does not interpret; of a file that changed it is asked anew."""
+    seen = []
+    for new in ("tl.max(x, axis=0)", "tl.max(x, axis=0) * tl.load(x_ptr)"):
+        rung = own("tl.max(x, axis=0)", new)
+        seen.append(triton_rung.counted(rung))
+        with monkeypatch.context() as on_a_gpu:
+            on_a_gpu.setattr(triton_rung, "interpreting", lambda: False)
+            assert triton_rung._told("counted", rung) == seen[-1]
+    assert seen[0] != seen[1]

@@ -55,13 +55,13 @@ COMPILED = {
 }
 COUNTERS = (*INTERPRETED, *COMPILED)
 # What the figure of a climb shows.
-CLIMBED = ("load bytes", "load sectors", "programs", "atomics", "dots", "load width", "multiplications")
+CLIMBED = ("load bytes", "load sectors", "atomics", "dots", "tensor-core instructions")
 
 _TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 _MULTIPLY = ("mul.f32", "mul.rn.f32", "mul.f32x2", "fma.rn.f32", "fma.rn.f32x2")
 
-# What other processes answered, by the question and a rung's file: counters, or what is wrong.
-_answers: dict[tuple[str, Path], Counts | str] = {}
+# What other processes answered, by the question, a rung's file and when it was written: counters, or what is wrong.
+_answers: dict[tuple[str, Path, int], Counts | str] = {}
 
 
 def counting_device() -> torch.device:
@@ -175,30 +175,34 @@ def _arch() -> int:
     return launch.generation(torch.device("cuda")) if torch.cuda.is_available() else HOPPER
 
 
+def _key(question: str, rung: Rung) -> tuple[str, Path, int]:
+    return question, rung.path, rung.path.stat().st_mtime_ns
+
+
 def _ask(question: str, rungs: Sequence[Rung], *options: str) -> None:
     """Fill ``_answers`` for the rungs that have none yet.
 
     Raises:
         RungError: the process that was to answer failed.
     """
-    paths = [rung.path for rung in rungs if (question, rung.path) not in _answers]
-    if not paths:
+    waiting = [rung for rung in rungs if _key(question, rung) not in _answers]
+    if not waiting:
         return
-    command = [sys.executable, "-m", "lessons.kernels.triton_rung", *options, *map(str, paths)]
+    files = [str(rung.path) for rung in waiting]
+    command = [sys.executable, "-m", "lessons.kernels.triton_rung", *options, *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1" if question == "counted" else "0"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RungError(f"the process by which kernels are {question} failed:\n{done.stderr.rstrip()}")
     answers = json.loads(done.stdout.splitlines()[-1])
-    _answers.update({(question, path): answer for path, answer in zip(paths, answers, strict=True)})
+    _answers.update({_key(question, rung): answer for rung, answer in zip(waiting, answers, strict=True)})
 
 
 def _told(question: str, rung: Rung) -> Counts:
-    answer = _answers.get((question, rung.path))
-    if answer is None:
+    if _key(question, rung) not in _answers:
         build([rung])
-        answer = _answers[question, rung.path]
+    answer = _answers[_key(question, rung)]
     if isinstance(answer, str):
         raise RungError(answer)
     return answer
