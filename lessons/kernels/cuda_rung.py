@@ -6,6 +6,7 @@ A problem on the CPU is the emulator's, and one on a GPU is the GPU's.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -95,10 +96,11 @@ class Call:
             name: torch.full(true.shape, torch.nan, dtype=problem.task.dtypes[name], device=device)
             for name, true in problem.truth.items()
         }
-        tensors = (*problem.inputs.values(), *self.outputs.values())
+        self.tensors = {**problem.inputs, **self.outputs}
+        self.bounds = emulator.bounds if device.type == "cpu" else contextlib.nullcontext
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         self.values = [
-            *(ctypes.c_void_p(x.data_ptr()) for x in tensors),
+            *(ctypes.c_void_p(x.data_ptr()) for x in self.tensors.values()),
             *(ctypes.c_int(n) for n in problem.sizes.values()),
             *(ctypes.c_float(value) for value in problem.constants),
             ctypes.c_void_p(stream),
@@ -106,12 +108,13 @@ class Call:
         self.arguments = (ctypes.c_void_p * len(self.values))(*(ctypes.addressof(value) for value in self.values))
 
     def __call__(self) -> None:
-        """Launch the kernels. The inputs have to live until they have run.
+        """Launch the kernels.
 
         Raises:
             RungError: in the emulator, what it found; on a GPU, a launch that was refused.
         """
-        error = self.function(self.arguments)
+        with self.bounds(self.tensors):
+            error = self.function(self.arguments)
         if error is not None:
             raise RungError(error.decode())
 

@@ -9,7 +9,9 @@
 #include "prims.cuh"
 
 #ifdef FASTGPT_EMULATE
-#include <vector>
+#include <new>
+
+#include "../../csrc/emulator/control.h"
 #endif
 
 using fastgpt::cuda::fp16;
@@ -45,11 +47,15 @@ template <class T>
 class Scratch {
  public:
 #ifdef FASTGPT_EMULATE
-  Scratch(size_t count, cudaStream_t) : memory_(count * sizeof(T) / 4 + 1, NAN) {}
-  T* data() { return reinterpret_cast<T*>(memory_.data()); }
-
- private:
-  std::vector<float> memory_;
+  // Aligned as a GPU's memory, so that it lies in as many sectors; NaN, whatever the type.
+  Scratch(size_t count, cudaStream_t) : memory_(::operator new(count * sizeof(T), kAlignment)) {
+    memset(memory_, 0xff, count * sizeof(T));
+    fastgpt::emulator::add_memory(memory_, count * sizeof(T), "scratch memory");
+  }
+  ~Scratch() {
+    fastgpt::emulator::remove_memory(memory_);
+    ::operator delete(memory_, kAlignment);
+  }
 #else
   Scratch(size_t count, cudaStream_t stream) : stream_(stream) {
     if (const cudaError_t error = cudaMallocAsync(&memory_, count * sizeof(T), stream)) {
@@ -57,12 +63,16 @@ class Scratch {
     }
   }
   ~Scratch() { cudaFreeAsync(memory_, stream_); }
+#endif
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* data() { return static_cast<T*>(memory_); }
 
  private:
   void* memory_ = nullptr;
+#ifdef FASTGPT_EMULATE
+  static constexpr std::align_val_t kAlignment{256};
+#else
   cudaStream_t stream_;
 #endif
 };
