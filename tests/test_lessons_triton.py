@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lessons.kernels.triton_counters import COUNTERS as INTERPRETED
 from lessons.kernels.triton_counters import counting
 
 CPU = torch.device("cpu")
+README = triton_rung.ROOT / "lessons" / "kernels" / "README.md"
 RUNGS = {name: [rung for rung in ladder(name) if rung.language == "triton"] for name in LADDERS}
 
 in_the_interpreter = pytest.mark.skipif(not INTERPRETING, reason="counts what Triton's interpreter does")
@@ -214,11 +216,31 @@ def problems() -> Callable[[Rung], Problem]:
     return problem
 
 
-def broken(rungs: list[Rung], counts: dict[str, Counts], counters: Iterator[str] | tuple[str, ...]) -> list[str]:
-    counters = tuple(counters)
+def broken(rungs: list[Rung], counts: dict[str, Counts], counters: tuple[str, ...]) -> list[str]:
+    """The promises over some counters that are not kept."""
     promises = [(rung, promise) for rung in rungs for promise in rung.header.promises if promise.counter in counters]
     assert promises
     return [f"{rung.stem}: {promise}" for rung, promise in promises if not promise.kept(counts, rung.stem)]
+
+
+def documented(name: str, counts: dict[str, Counts], counters: tuple[str, ...]) -> list[str]:
+    """The cells of the ladder's table in the README that say something else than ``counts``."""
+    title = f"## {name.replace('_', ' ').capitalize()}, in Triton\n"
+    section = README.read_text().split(title)[1].split("\n## ")[0]
+    header, _, *rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ]
+    assert [row[0] for row in rows] == list(counts)
+    shown = [
+        (row[0], counter, cell)
+        for row in rows
+        for counter, cell in zip(header, row, strict=True)
+        if counter in counters
+    ]
+    assert shown
+    return [f"{stem}: {counter} is {cell}" for stem, counter, cell in shown if cell != f"{counts[stem][counter]:,}"]
 
 
 @pytest.mark.parametrize("name", LADDERS)
@@ -230,6 +252,7 @@ def test_every_rung_is_right_and_moves_what_it_promises(name: str, problems: Cal
         assert [str(wrong) for wrong in problem.judge(done.outputs)] == [], rung.stem
         counts[rung.stem] = done.counts
     assert broken(RUNGS[name], counts, tuple(INTERPRETED)) == []
+    assert documented(name, counts, tuple(INTERPRETED)) == []
 
 
 @pytest.mark.parametrize("name", LADDERS)
@@ -257,6 +280,8 @@ def test_every_rung_compiles_to_what_it_promises(name: str) -> None:
     triton_rung.build(RUNGS[name])
     counts = {rung.stem: triton_rung.resources(rung) for rung in RUNGS[name]}
     assert broken(RUNGS[name], counts, tuple(triton_rung.COMPILED)) == []
+    if triton.__version__.startswith("3.9.") and not torch.cuda.is_available():  # by which the README's was written
+        assert documented(name, counts, tuple(triton_rung.COMPILED)) == []
 
 
 # A reader's own file
@@ -310,6 +335,7 @@ def test_what_is_never_written_is_wrong_even_where_memory_holds_the_right_result
     triton_rung.run(own(), small)
     (wrong,) = small.judge(triton_rung.run(own("mask=cols < N)", "mask=cols < N - 1)"), small).outputs)
     assert (wrong.output, wrong.element, wrong.count) == ("y", (0, 19), 3)
+    assert math.isnan(wrong.got)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +357,22 @@ def test_what_a_file_raises_is_told_with_its_line(
 def test_what_goes_wrong_within_a_kernel_is_told_with_its_line(own: Callable[..., Rung], small: Problem) -> None:
     with pytest.raises(RungError, match=r"^mine.py, line 10: "):
         triton_rung.run(own("cols < N, other", "cols < missing, other"), small)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize(
+    ("old", "new", "line", "count"),
+    [
+        ("cols < N, other", "cols <= N, other", 10, 1),  # beyond the last row
+        ("mask=cols < N)", "mask=cols < 2 * N)", 12, 12),  # a block of 32 for a row of 20
+        ("y = torch.empty_like(x)", "y = torch.empty_like(x)[:2]", 12, 20),
+    ],
+)
+def test_what_lies_beyond_the_tensors_is_not_touched(
+    own: Callable[..., Rung], small: Problem, old: str, new: str, line: int, count: int
+) -> None:
+    with pytest.raises(RungError, match=rf"^mine.py, line {line}: IndexError: {count} elements lie beyond the tensors"):
+        triton_rung.run(own(old, new), small)
 
 
 def test_compiling_tells_what_it_came_to_or_why_not(own: Callable[..., Rung], tmp_path: Path) -> None:

@@ -206,8 +206,8 @@ def _told(question: str, rung: Rung) -> Counts:
 
 def _summary(kernels: Sequence[Compiled]) -> dict[str, int]:
     resources = [kernel.resources() for kernel in kernels]
-    loads = sum((kernel.global_loads() for kernel in kernels), Counter())
-    stores = sum((kernel.global_stores() for kernel in kernels), Counter())
+    loads: Counter[int] = sum((kernel.global_loads() for kernel in kernels), Counter())
+    stores: Counter[int] = sum((kernel.global_stores() for kernel in kernels), Counter())
 
     def total(*mnemonics: str) -> int:
         return sum(kernel.count(mnemonic) for kernel in kernels for mnemonic in mnemonics)
