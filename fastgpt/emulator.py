@@ -20,7 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -226,6 +226,22 @@ def schedule(
         yield module
     finally:
         module.configure(before)
+
+
+@contextlib.contextmanager
+def bounds(tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Have kernels within the ``with`` block access no other global memory than that of these tensors.
+
+    What lies outside is an error that names the tensor before it. A plain ``p[i]`` is not checked.
+    """
+    module = runtime()
+    for name, tensor in tensors.items():
+        module.add_memory(tensor.data_ptr(), tensor.nbytes, name)
+    try:
+        yield
+    finally:
+        for tensor in tensors.values():
+            module.remove_memory(tensor.data_ptr())
 
 
 def _configure(

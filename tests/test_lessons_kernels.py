@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from fastgpt import emulator
+from fastgpt.benchmarks.harness import CpuTimer
 from fastgpt.config import UserError
 from lessons.kernels import __main__ as driver
 from lessons.kernels import cuda_rung, show
-from lessons.kernels.climb import Outcome, climb
+from lessons.kernels.climb import Outcome, _time, climb
 from lessons.kernels.rung import FOLDER, LANGUAGES, Header, Promise, Rung, RungError, ladder, read_rung
 from lessons.kernels.tasks import LADDERS, TASKS, Problem
 
@@ -235,6 +236,21 @@ def test_nvcc_compiles_it_without_a_spill(
     found = cuda_rung.resources(read_rung(path))
     assert 16 <= found["registers"] <= 255
     assert found["spilled bytes"] == 0
+
+
+def test_rungs_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with ceilings of a round number, what would be done on a GPU."""
+    ceilings = {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": {"fp32": 1e12}}
+    monkeypatch.setattr("lessons.kernels.climb.timer_for", lambda device: CpuTimer(0.0, 0))
+    monkeypatch.setattr("lessons.kernels.climb.measure_ceilings", lambda *arguments: ceilings)
+    outcomes = [Outcome(rung) for rung in cuda_rungs("softmax")[:2]]
+    _time(cuda_rung, outcomes, Problem(TASKS["softmax"], {"M": 2, "N": 64}, CPU))
+    for outcome in outcomes:
+        times = outcome.times
+        assert list(times) == ["ms", "GB/s", "of roofline"]
+        assert times["ms"] > 0
+        assert times["GB/s"] == pytest.approx(2 * 2 * 64 * 4 / times["ms"] / 1e6)
+        assert times["of roofline"] == pytest.approx(times["GB/s"])  # of 1 GB/s
 
 
 def test_of_a_file_only_kernels_that_run_are_counted() -> None:

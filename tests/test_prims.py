@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -485,7 +486,7 @@ def test_lanes_that_went_another_way_count_anew_where_the_warp_meets(counting_me
 @only_emulated
 def test_a_load_and_a_store_in_one_line_are_two_requests(counting_memory: ModuleType) -> None:
     cuda_kernels.load().prim("ldg_and_stg", MEMORY.data_ptr(), MEMORY.data_ptr() + 256, 0)
-    assert traffic(counting_memory) == ((2, 8, 256), (2, 8, 256))
+    assert traffic(counting_memory) == ((1, 2, 64), (1, 2, 64))
 
 
 @only_emulated
@@ -516,3 +517,30 @@ def test_memory_is_counted_only_where_that_is_asked_for() -> None:
     module.reset_counters()
     cuda_kernels.load().prim("ldg_and_stg", MEMORY.data_ptr(), MEMORY.data_ptr() + 256, 0)
     assert traffic(module) == (NONE, NONE)
+
+
+@only_emulated
+@pytest.mark.parametrize(("first", "beyond"), [(0, False), (31, False), (32, True), (64, True)])
+def test_what_is_accessed_lies_within_the_bounds(first: int, beyond: bool) -> None:
+    memory, other = MEMORY[:63], MEMORY[1024:]
+    if not beyond:
+        with emulator.bounds({"x": memory, "other": other}):
+            cuda_kernels.load().prim("ldg_offset", memory.data_ptr(), 0, first)
+        return
+    with emulator.bounds({"x": memory, "other": other}), pytest.raises(RuntimeError) as error:
+        cuda_kernels.load().prim("ldg_offset", memory.data_ptr(), 0, first)
+    assert re.match(
+        r"prims\.cu:\d+: ldg: 4 bytes out of the bounds of global memory \(at byte \d+ of x, which has 252\) \[kernel "
+        r"ldg_offset, block",
+        str(error.value),
+    )
+    cuda_kernels.load().prim("ldg_offset", memory.data_ptr(), 0, first)  # nobody says any more
+
+
+@only_emulated
+def test_copies_lie_within_the_bounds() -> None:
+    out = floats(256)
+    with emulator.bounds({"x": MEMORY[:160], "y": out}):
+        cuda_kernels.load().prim("copy", MEMORY.data_ptr(), out.data_ptr(), 40)
+        with pytest.raises(RuntimeError, match=r"cp_async_16: 16 bytes out of .* \(at byte 640 of x, which has 640\)"):
+            cuda_kernels.load().prim("copy", MEMORY.data_ptr(), out.data_ptr(), 41)

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -59,6 +60,11 @@ struct Counters {
 // By kernel, without namespaces: "layer_norm_fwd_kernel<float, float>".
 std::map<std::string, Counters> counters();
 void reset_counters();
+
+// What there is of global memory, under a name for messages. As soon as anything has been added, what kernels access by
+// ldg, stg and cp_async_16 has to lie within some of it; before, no bounds are known.
+void add_memory(const void* begin, size_t bytes, const std::string& name);
+void remove_memory(const void* begin);
 
 // A place that waits: __syncthreads, __syncwarp, bar_sync, cp_async_wait, mbar_wait or wgmma_wait.
 struct Wait {

@@ -336,6 +336,14 @@ struct Cell {
   Stamp write{}, reads[2]{};
 };
 
+// A stretch of global memory.
+struct Memory {
+  uintptr_t begin;
+  size_t bytes;
+  std::string name;
+};
+std::vector<Memory> known_memory();
+
 struct Array {
   const void* tag = nullptr;
   unsigned char* data = nullptr;
@@ -391,6 +399,7 @@ struct Block {
   uint3 index{};
   Settings settings;
   Counters counters;
+  std::vector<Memory> memory;
 
   int threads = 0, live = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -434,6 +443,7 @@ struct Block {
     context = run_context;
     settings = emulator::settings();
     counters = {};
+    memory = known_memory();
     error = nullptr;
     threads = static_cast<int>(size.x * size.y * size.z);
     while (fibers.size() < static_cast<size_t>(threads)) add_fiber();
@@ -1463,6 +1473,18 @@ struct Block {
 
   // -- global memory
 
+  void require_within_memory(const void* p, size_t bytes, const char* name, Site site) const {
+    const auto at = reinterpret_cast<uintptr_t>(p);
+    const Memory* nearest = nullptr;
+    for (const Memory& one : memory) {
+      if (at >= one.begin && at + bytes <= one.begin + one.bytes) return;
+      if (at >= one.begin && (nearest == nullptr || one.begin > nearest->begin)) nearest = &one;
+    }
+    if (nearest == nullptr) fail(site, "%s: %zu bytes out of the bounds of global memory", name, bytes);
+    fail(site, "%s: %zu bytes out of the bounds of global memory (at byte %zu of %s, which has %zu)", name, bytes,
+         static_cast<size_t>(at - nearest->begin), nearest->name.c_str(), nearest->bytes);
+  }
+
   // As with note_request: the n-th time that a lane is at this place since all of the warp met belongs to the n-th
   // request there. Who meets has made all accesses that come before, so that lanes which took different ways count
   // anew.
@@ -1533,8 +1555,14 @@ void throw_error(const Fiber& fiber, Site site, const std::string& what) {
 
 std::mutex state_mutex;
 Settings current_settings;
+std::vector<Memory> current_memory;
 std::map<std::string, Counters> kernel_counters;
 auto& idle_blocks = *new std::vector<std::unique_ptr<Block>>;  // the process's end frees them
+
+std::vector<Memory> known_memory() {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  return current_memory;
+}
 
 std::unique_ptr<Block> take_block() {
   std::lock_guard<std::mutex> lock(state_mutex);
@@ -1651,10 +1679,10 @@ void check_global(const void* p, size_t bytes, Access access, const char* name, 
     fail(site, "%s: %zu bytes at an address that is not a multiple of %zu", name, bytes, bytes);
   }
   Block& block = *self().block;
-  if (block.settings.count_memory) {
-    const Unseen unseen;
-    block.note_memory_request(p, bytes, access, site);
-  }
+  if (block.memory.empty() && !block.settings.count_memory) return;
+  const Unseen unseen;
+  if (!block.memory.empty()) block.require_within_memory(p, bytes, name, site);
+  if (block.settings.count_memory) block.note_memory_request(p, bytes, access, site);
 }
 
 void copy_async(void* to, const void* from, bool valid, Site site) {
@@ -1838,6 +1866,17 @@ std::map<std::string, Counters> counters() {
 void reset_counters() {
   std::lock_guard<std::mutex> lock(state_mutex);
   kernel_counters.clear();
+}
+
+void add_memory(const void* begin, size_t bytes, const std::string& name) {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  current_memory.push_back({reinterpret_cast<uintptr_t>(begin), bytes, name});
+}
+
+void remove_memory(const void* begin) {
+  std::lock_guard<std::mutex> lock(state_mutex);
+  const auto is_it = [&](const Memory& one) { return one.begin == reinterpret_cast<uintptr_t>(begin); };
+  current_memory.erase(std::remove_if(current_memory.begin(), current_memory.end(), is_it), current_memory.end());
 }
 
 std::vector<Wait> waits() {

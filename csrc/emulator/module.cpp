@@ -43,6 +43,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("stores", &Counters::stores);
   m.def("counters", &counters);
   m.def("reset_counters", &reset_counters);
+  m.def("add_memory", [](uintptr_t begin, size_t bytes, const std::string& name) {
+    add_memory(reinterpret_cast<const void*>(begin), bytes, name);
+  });
+  m.def("remove_memory", [](uintptr_t begin) { remove_memory(reinterpret_cast<const void*>(begin)); });
   py::class_<Wait>(m, "Wait")
       .def_readonly("name", &Wait::name)
       .def_readonly("file", &Wait::file)

@@ -106,8 +106,10 @@ def climb(rungs: Sequence[Rung], say: Callable[[Outcome], Any] = lambda outcome:
         outcomes.append(outcome)
         say(outcome)
     if torch.cuda.is_available():
-        for task in dict.fromkeys(rung.task.name for rung in rungs):
-            _time(module, [outcome for outcome in outcomes if outcome.rung.task.name == task and outcome.right])
+        for task in {rung.task.name: rung.task for rung in rungs}.values():
+            right = [outcome for outcome in outcomes if outcome.rung.task.name == task.name and outcome.right]
+            if right:
+                _time(module, right, problem(task.name, tuple(task.timed.items()), torch.device("cuda")))
     return outcomes
 
 
@@ -156,13 +158,10 @@ def _hold(module: Language, outcome: Outcome, sizes: Sizes, device: torch.device
         raise RungError(str(error)) from error
 
 
-def _time(module: Language, outcomes: Sequence[Outcome]) -> None:
-    """Fill in ``Outcome.times`` of rungs of one task, which take turns on the GPU."""
-    if not outcomes:
-        return
-    task, device = outcomes[0].rung.task, torch.device("cuda")
-    of_all = problem(task.name, tuple(task.timed.items()), device)
-    timer, work = timer_for(device), task.work(task.timed)
+def _time(module: Language, outcomes: Sequence[Outcome], of_all: Problem) -> None:
+    """Fill in ``Outcome.times`` of rungs of one task, which take turns on the problem's device."""
+    task, device = of_all.task, of_all.device
+    timer, work = timer_for(device), task.work(of_all.sizes)
     ceilings = measure_ceilings(device, timer, [task.dtype])
     calls = {str(outcome.rung.path): module.Call(outcome.rung, of_all) for outcome in outcomes}
     contestants = {path: Contestant(lambda _, call=call: call()) for path, call in calls.items()}

@@ -134,7 +134,10 @@ def run(rung: Rung, problem: Problem, *, count: bool = False, order: str = "skew
         except RuntimeError as error:
             raise RungError(f"the GPU stopped: {error}") from error
         return Execution(call.outputs)
-    with emulator.schedule(order, copies, count_banks=count, count_memory=count) as module:
+    with (
+        emulator.schedule(order, copies, count_banks=count, count_memory=count) as module,
+        emulator.bounds({**problem.inputs, **call.outputs}),
+    ):
         module.reset_counters()
         call()
         launched = module.counters()

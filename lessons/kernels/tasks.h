@@ -10,6 +10,8 @@
 
 #ifdef FASTGPT_EMULATE
 #include <new>
+
+#include "../../csrc/emulator/control.h"
 #endif
 
 using fastgpt::cuda::fp16;
@@ -48,8 +50,12 @@ class Scratch {
   // Aligned as a GPU's memory, so that it lies in as many sectors; NaN, whatever the type.
   Scratch(size_t count, cudaStream_t) : memory_(::operator new(count * sizeof(T), kAlignment)) {
     memset(memory_, 0xff, count * sizeof(T));
+    fastgpt::emulator::add_memory(memory_, count * sizeof(T), "scratch memory");
   }
-  ~Scratch() { ::operator delete(memory_, kAlignment); }
+  ~Scratch() {
+    fastgpt::emulator::remove_memory(memory_);
+    ::operator delete(memory_, kAlignment);
+  }
 #else
   Scratch(size_t count, cudaStream_t stream) : stream_(stream) {
     if (const cudaError_t error = cudaMallocAsync(&memory_, count * sizeof(T), stream)) {
