@@ -193,6 +193,29 @@ def test_a_race_is_told_in_the_emulators_words(changed: Callable[..., Path]) -> 
     )
 
 
+def test_a_rung_that_fails_leaves_the_others_to_be_judged(changed: Callable[..., Path]) -> None:
+    """But for promises that name it."""
+    path = changed("01_naive", "  float sum = 0.0f;\n", "  float sum = nonsense;\n")
+    second = path.with_name("02_coalesced.cu")
+    second.write_text(CUDA_SOFTMAX[1].read_text())
+    first, other = climb([read_rung(path), read_rung(second)])
+    assert first.error is not None
+    assert other.good
+    assert [str(promise) for promise in other.promises] == [
+        "sectors per load request == 4",
+        "sectors per store request == 4",
+    ]
+
+
+def test_an_access_beyond_a_tensor_is_told(changed: Callable[..., Path]) -> None:
+    outcome = one(changed("01_naive", "  if (m >= M) return;\n", ""))
+    assert outcome.error is not None
+    assert re.match(
+        r"01_naive\.cu:\d+: ldg: 4 bytes out of the bounds of global memory \(at byte \d+ of x, which has 20020\)",
+        outcome.error,
+    )
+
+
 def test_what_writes_nothing_is_wrong(changed: Callable[..., Path]) -> None:
     outcome = one(changed("07_registers", "    if (at < N / kCount) stg(results + at, item);\n", ""))
     assert [wrong.got != wrong.got for _, wrong in outcome.wrong] == [True] * 3

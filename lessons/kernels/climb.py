@@ -102,7 +102,9 @@ def climb(rungs: Sequence[Rung], say: Callable[[Outcome], Any] = lambda outcome:
         counts[rung.path] = outcome.counts
         if outcome.error is None and outcome.counts:
             of_ladder = {stem: counts[other.path] for stem, other in rung.neighbours().items() if other.path in counts}
-            outcome.promises = {promise: promise.kept(of_ladder, rung.stem) for promise in rung.header.promises}
+            failed = {stem for stem, of_one in of_ladder.items() if not of_one}
+            promises = [promise for promise in rung.header.promises if promise.rung not in failed]
+            outcome.promises = {promise: promise.kept(of_ladder, rung.stem) for promise in promises}
         outcomes.append(outcome)
         say(outcome)
     if torch.cuda.is_available():

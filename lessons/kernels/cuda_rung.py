@@ -6,6 +6,7 @@ A problem on the CPU is the emulator's, and one on a GPU is the GPU's.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -95,10 +96,11 @@ class Call:
             name: torch.full(true.shape, torch.nan, dtype=problem.task.dtypes[name], device=device)
             for name, true in problem.truth.items()
         }
-        tensors = (*problem.inputs.values(), *self.outputs.values())
+        self.tensors = {**problem.inputs, **self.outputs}
+        self.bounds = emulator.bounds if device.type == "cpu" else contextlib.nullcontext
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         self.values = [
-            *(ctypes.c_void_p(x.data_ptr()) for x in tensors),
+            *(ctypes.c_void_p(x.data_ptr()) for x in self.tensors.values()),
             *(ctypes.c_int(n) for n in problem.sizes.values()),
             *(ctypes.c_float(value) for value in problem.constants),
             ctypes.c_void_p(stream),
@@ -106,12 +108,13 @@ class Call:
         self.arguments = (ctypes.c_void_p * len(self.values))(*(ctypes.addressof(value) for value in self.values))
 
     def __call__(self) -> None:
-        """Launch the kernels. The inputs have to live until they have run.
+        """Launch the kernels.
 
         Raises:
             RungError: in the emulator, what it found; on a GPU, a launch that was refused.
         """
-        error = self.function(self.arguments)
+        with self.bounds(self.tensors):
+            error = self.function(self.arguments)
         if error is not None:
             raise RungError(error.decode())
 
@@ -134,18 +137,17 @@ def run(rung: Rung, problem: Problem, *, count: bool = False, order: str = "skew
         except RuntimeError as error:
             raise RungError(f"the GPU stopped: {error}") from error
         return Execution(call.outputs)
-    with (
-        emulator.schedule(order, copies, count_banks=count, count_memory=count) as module,
-        emulator.bounds({**problem.inputs, **call.outputs}),
-    ):
+    with emulator.schedule(order, copies, count_banks=count, count_memory=count) as module:
         module.reset_counters()
         call()
+        if not count:
+            return Execution(call.outputs)
         launched = module.counters()
         _launched[rung.path] = set(launched)
-        return Execution(call.outputs, _counts(launched.values()) if count else {})
+        return Execution(call.outputs, _counts(launched.values()))
 
 
-# Of the kernels in a rung's file those that its function has launched, by the emulator's names for them.
+# Of the kernels in a rung's file those that were launched when it was counted, by the emulator's names for them.
 _launched: dict[Path, set[str]] = {}
 
 
