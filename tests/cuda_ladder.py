@@ -32,7 +32,7 @@ def _rungs(name: str) -> list[Rung]:
 
 
 def climbed(rungs: list[Rung]) -> dict[str, Counts]:
-    """Hold rungs to the error rule and to their promises.
+    """Hold rungs to the error rule, to their promises and to the README's table.
 
     Returns:
         What was counted, by the file's stem.
@@ -40,7 +40,18 @@ def climbed(rungs: list[Rung]) -> dict[str, Counts]:
     assert rungs
     outcomes = climb(rungs)
     assert {outcome.rung.stem: show.details(outcome) for outcome in outcomes if not outcome.good} == {}
-    return {outcome.rung.stem: outcome.counts for outcome in outcomes}
+    counts = {outcome.rung.stem: outcome.counts for outcome in outcomes}
+    title = f"## {rungs[0].path.parent.name.replace('_', ' ').capitalize()}, in CUDA\n"
+    text = (FOLDER / "README.md").read_text().partition(title)[2]
+    table = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in text.partition("\n## ")[0].splitlines()
+        if line.startswith("|")
+    ]
+    (_, _, *counters), _, *rows = table
+    shown = {stem: figures for stem, _, *figures in rows if stem in counts}
+    assert shown == {stem: [f"{of_one[name]:,}" for name in counters] for stem, of_one in counts.items()}
+    return counts
 
 
 def fault(rung: Rung, order: str, copies: str) -> str | None:

@@ -6,8 +6,8 @@
 //
 // Moves: q, o and lse once; k and v, 256 bytes a key, once for every 64 queries, 16 bytes a lane.
 //
-// Last rung: each product of two numbers was an instruction of a lane, and half as many more fetched them. A GPU's
-// tensor cores do 2048 in one instruction of a warp, and so many more a second that CUDA cores are out of the question.
+// Last rung: each product of two numbers was an instruction of a lane, beside those that fetch them; tensor cores make
+// 2048 in one instruction of a warp.
 //
 // Gains: an mma for 2048 products, and of the accesses to shared memory few are left; k and v half as often.
 //

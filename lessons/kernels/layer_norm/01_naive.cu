@@ -1,6 +1,6 @@
 // layer_norm 1: a thread for each row, in three passes.
 //
-// y = (x - its_mean) / sqrt(variance + eps) * weight + bias, of each row of an (M, N) matrix by itself. The formula,
+// y = (x - mean) / sqrt(variance + eps) * weight + bias, of each row of an (M, N) matrix by itself. The formula,
 // written down as it is read: the mean takes a pass over the row, the variance about that mean another, the result a
 // third.
 //

@@ -9,8 +9,8 @@
 //
 // Last rung: a warp's lanes lay in 32 different rows, so that 7 of 8 bytes that were moved were thrown away.
 //
-// Gains: an eighth of the sectors, for the price of a tree for each of the two sums: 8 levels with a barrier each, and
-// another barrier before the array may be used again.
+// Gains: an eighth of the sectors, for the price of a tree for each of the two sums: a barrier after each of its 7
+// levels, one before them and one before the array may be used again.
 //
 // Promise: bytes moved <= 0.2 x 01_naive
 // Promise: sectors per store request <= 4
