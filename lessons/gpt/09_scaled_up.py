@@ -106,7 +106,8 @@ def main(options: Options) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, settings, Path(folder, "run"))
         print(trainer.describe())
-        trainer.run_until_done()
+        if not trainer.run_until_done():
+            raise KeyboardInterrupt  # it was asked to stop, and has said so
         gpt = load_model(Path(folder, "run"))[0]
     plain = copy_and_compare(gpt, text)
     title, published = ("shakespeare", 1.47) if gpu else ("shakespeare-cpu, a shorter run for a CPU", 1.88)

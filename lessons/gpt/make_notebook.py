@@ -41,7 +41,8 @@ if root is None:
     subprocess.run([*install, str(root)], check=True, env={**os.environ, **without_compiling})
 sys.path += [str(root), str(root / "lessons" / "gpt")]  # behind what is installed
 
-ARGUMENTS = ["--out", "runs/lessons"]  # ["--out", "runs/lessons", "--steps", "100"] for a quick look
+OUT = Path("runs", "lessons")
+ARGUMENTS = ["--out", str(OUT)]  # for a quick look: ["--out", str(OUT), "--steps", "100"]
 """
 
 _LAST = """
@@ -49,7 +50,7 @@ from IPython.display import Image, Markdown, display
 
 from lessons.gpt.run_all import collect, figure, table
 
-data = collect(Path("runs/lessons"))
+data = collect(OUT)
 display(Markdown(table(data)), Image(figure(data)))
 """
 

@@ -111,6 +111,7 @@ def figure(data: dict[str, Any]) -> bytes:
         range(1, 10), [_named(shown, number) for number in range(1, 10)], rotation=30, ha="right", fontsize=8
     )
     axes.set_ylabel("validation loss (nats per character)")
+    axes.margins(y=0.1)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
     content = io.BytesIO()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from fastgpt.config import UserError
 from fastgpt.data import load_text
+from fastgpt.files import json_bytes, write_atomically
 
 FOLDER = Path(__file__).parent
 
@@ -101,10 +101,14 @@ def climb(main: Callable[[Options], Result], steps: int, threads: int = 1, argv:
         run(main, Options(args.steps, args.seed, args.out), threads)
     except UserError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
 
 
 def run(main: Callable[[Options], Result], options: Options, threads: int = 1) -> Result:
     """Run a rung, print its sample and its line, and leave the result in ``options.out``."""
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     torch.manual_seed(options.seed)
@@ -117,13 +121,11 @@ def run(main: Callable[[Options], Result], options: Options, threads: int = 1) -
     result = Result(**{**asdict(result), "steps": options.steps, "seed": options.seed, "seconds": seconds})
     print(f"\n{result.sample}\n\n{result.line()}")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"rung-{result.number:02}.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+        write_atomically(options.out / f"rung-{result.number:02}.json", json_bytes(asdict(result)))
     return result
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0 and less than 2^31, got {text!r}")
+    return int(text)
