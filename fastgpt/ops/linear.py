@@ -25,9 +25,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, and faster where generation with a cache needs it: on one row.
 
     Matrix products are PyTorch's, whatever the backend. A single row in fp32 on a CPU is the exception: reading the
-    weights is then all there is to do, and a kernel of the cpp backend does that at the speed of memory
-    (docs/measured.md). It runs where nothing but the result is wanted (no gradient, no compiler), outside of autocast,
-    where all ops are left to the cpp backend (``dispatch.is_left_to``).
+    weights is then all there is to do, BLAS does it on one thread, and a kernel of the cpp backend on all. It runs
+    where nothing but the result is wanted (no gradient, no compiler), outside of autocast, where all ops are left to
+    the cpp backend (``dispatch.is_left_to``).
 
     Args:
         x: (..., K).
