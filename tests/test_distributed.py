@@ -396,7 +396,7 @@ class TestSeveralProcesses:
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
     def test_no_process_has_the_whole(self, tmp_path, text):
-        """Not the weights and AdamW's moments of a model of 30 million parameters, 12 bytes of each."""
+        """Peak memory, from the start of the command on, of a model of 30 million parameters."""
         shape = {"n_layer": 24, "n_head": 5, "n_embd": 320, "batch_size": 4, "grad_accum": 1}
         settings = {**shape, "eval_iters": 1, "final_eval_iters": 1, "eval_interval": 1, "sample_tokens": 0}
         (tmp_path / "measured.py").write_text(MEASURED)
@@ -417,8 +417,8 @@ class TestSeveralProcesses:
         parameters = sum(p.numel() for p in load_model(tmp_path / "run", "last")[0].parameters())
         print(f"{parameters:,} parameters; bytes of each: {[round(size / parameters, 1) for size in shares + whole]}")
         assert len(shares) == 8
-        assert max(shares) < 12 * parameters
-        assert min(whole) > 24 * parameters, "this measures nothing"
+        assert min(whole) > 28 * parameters, "weights, gradients, moments, and the copy of all but gradients"
+        assert max(shares) < min(whole) / 2  # a quarter, and the modules that are loaded late
 
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     def test_half_precision(self, runs, dtype):
@@ -504,10 +504,7 @@ MEASURED = """
 import os
 import re
 from pathlib import Path
-import torch
 from fastgpt import cli, joint_checkpoint  # the last is loaded late otherwise
-
-torch.nn.Linear(1, 1, device="meta").to_empty(device="cpu")  # loads hundreds of modules, too
 
 def memory(kind):
     return int(re.search(rf"Vm{kind}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
