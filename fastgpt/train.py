@@ -176,6 +176,7 @@ class Trainer:
         if resume:
             self._say_what_changed(begun)
         self.state.processes = self.world.size
+        self.world.any(False)  # nobody writes into a folder that another could not read
         if self.world.is_main:
             kept = metrics_until(run, self.state.step if folder else -1)
             run.mkdir(parents=True, exist_ok=True)

@@ -359,8 +359,8 @@ class TestSeveralProcesses:
         kinds = ("model", "training")
         parts = [f"{kind}-0000{part}-of-00004.safetensors" for kind in kinds for part in range(1, 5)]
         assert sorted(path.name for path in folder.iterdir()) == sorted([*parts, "state.json", "SHA256SUMS"])
-        rows = [load_file(folder / name)["transformer.wte.weight"].shape[0] for name in parts[:4]]
-        assert rows == [7, 7, 7, 6]
+        for name, wanted in (("transformer.wte.weight", [7, 7, 7, 7]), ("transformer.wpe.weight", [2, 2, 2, 0])):
+            assert [len(load_file(folder / part)[name]) for part in parts[:4]] == wanted
         whole = find_checkpoint(runs / "1ddp")
         assert sorted(path.name for path in whole.glob("*.safetensors")) == [f"{kind}.safetensors" for kind in kinds]
 
@@ -396,7 +396,7 @@ class TestSeveralProcesses:
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
     def test_no_process_has_the_whole(self, tmp_path, text):
-        """Not the weights and AdamW's moments of a model of 30 million parameters, 12 bytes of each."""
+        """Peak memory, from the start of the command on, of a model of 30 million parameters."""
         shape = {"n_layer": 24, "n_head": 5, "n_embd": 320, "batch_size": 4, "grad_accum": 1}
         settings = {**shape, "eval_iters": 1, "final_eval_iters": 1, "eval_interval": 1, "sample_tokens": 0}
         (tmp_path / "measured.py").write_text(MEASURED)
@@ -417,8 +417,8 @@ class TestSeveralProcesses:
         parameters = sum(p.numel() for p in load_model(tmp_path / "run", "last")[0].parameters())
         print(f"{parameters:,} parameters; bytes of each: {[round(size / parameters, 1) for size in shares + whole]}")
         assert len(shares) == 8
-        assert max(shares) < 12 * parameters
-        assert min(whole) > 24 * parameters, "this measures nothing"
+        assert min(whole) > 28 * parameters, "weights, gradients, moments, and the copy of all but gradients"
+        assert max(shares) < min(whole) / 2  # a quarter, and the modules that are loaded late
 
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     def test_half_precision(self, runs, dtype):
