@@ -96,6 +96,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # what typer makes of an interrupt, without a word
+            raise KeyboardInterrupt
         distributed.leave()
     except (UserError, TrainingError) as error:
         _fail(str(error), 2 if isinstance(error, UserError) else 1)
@@ -156,11 +158,11 @@ def _train(
             raise UserError("--resume takes its settings from the run: leave out --preset and --config")
         if "init" in given:
             raise UserError("--resume goes on with the run's own weights: leave out --init")
-        model_config, train_config, own = read_config(out)
-        if "tokenizer" in given and _names(given["tokenizer"], own, train_config):
+        model_config, train_config, tokenizer = read_config(out)
+        if "tokenizer" in given and _names(given["tokenizer"], tokenizer, train_config):
             del given["tokenizer"]  # which may be another name of what the run has
-        tokenizer = own.kind if train_config.tokenizer == "auto" else train_config.tokenizer
-        fixed = {**dataclasses.asdict(model_config), "tokenizer": tokenizer}
+        called = tokenizer.kind if train_config.tokenizer == "auto" else train_config.tokenizer
+        fixed: dict[str, Any] = {**dataclasses.asdict(model_config), "tokenizer": called}
         for name in fixed.keys() & given.keys():
             if given[name] != fixed[name]:
                 raise UserError(f"--{name.replace('_', '-')} cannot change when a run is resumed: it is {fixed[name]}")

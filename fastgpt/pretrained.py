@@ -270,7 +270,11 @@ def _download(name: str) -> Path:
     repository = f"openai-community/{name}" if name in GPT2_NAMES else name
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         raise UserError(f"{name}: there is no such file or folder, and no model that is known by this name")
-    hub = require("huggingface_hub", "hf", f"{name}: a model of the Hugging Face Hub")
+    hub = require(
+        "huggingface_hub",
+        "hf",
+        f"{name}: there is no such file or folder, and to be a model of the Hugging Face Hub it",
+    )
     wanted = ["config.json", TOKENIZER, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
     verbosity = hub.logging.get_verbosity()
     hub.logging.set_verbosity_error()  # each of its retries would be a line

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt import data
+from fastgpt import data, shards
 from fastgpt.config import UserError
 from fastgpt.data import Batches, load_dataset, load_tokens, prepare
 from fastgpt.shards import Piece, Shards, read_header, read_shards, write_shards
@@ -350,6 +350,31 @@ def test_the_command_prepares_trains_samples_and_evaluates(tmp_path, command, mo
         assert code == 2
         assert err.count("\n") == 1
         assert sentence in err
+
+
+SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+
+
+@pytest.mark.parametrize(("signum", "wanted", "word"), SIGNALS)
+def test_a_signal_ends_the_command_in_one_line_and_it_goes_on(tmp_path, command, monkeypatch, signum, wanted, word):
+    (tmp_path / "text.txt").write_text(TEXT * 20, encoding="utf-8")
+    monkeypatch.setattr(data, "PIECE_CHARS", 2000)
+    arguments = ["prepare", f"--data={tmp_path / 'text.txt'}", "--tokenizer=byte", "--processes=1"]
+    assert command(*arguments, f"--out={tmp_path / 'whole'}")[0] == 0
+    tokenize, left = shards._tokenize, [3]
+
+    def interrupted(*job):
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(signum)
+        return tokenize(*job)
+
+    monkeypatch.setattr(shards, "_tokenize", interrupted)
+    code, _, err = command(*arguments, f"--out={tmp_path / 'cut'}")
+    assert (code, err) == (wanted, f"fastgpt: {word}\n")
+    assert len(list((tmp_path / "cut").glob("train-*"))) == 2
+    assert command(*arguments, f"--out={tmp_path / 'cut'}")[0] == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 @pytest.mark.full
