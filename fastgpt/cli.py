@@ -9,14 +9,17 @@ import inspect
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
+from rich import filesize
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -43,9 +46,9 @@ from fastgpt.metrics import Axis, plot_losses
 from fastgpt.model import GPT
 from fastgpt.perplexity import text_loss
 from fastgpt.placement import DTYPES, device_name, pick_backend, pick_device, pick_dtype
-from fastgpt.pretrained import export_hf, find_pretrained
+from fastgpt.pretrained import export_hf, find_pretrained, open_model
 from fastgpt.shards import SPLITS, Shard
-from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer import Tokenizer, make_tokenizer, wanted_size
 from fastgpt.train import Trainer, evaluation_batches, mean_loss
 from fastgpt.triton_kernels import library as triton_library
 
@@ -71,7 +74,19 @@ _BackendOption = Annotated[
     str, typer.Option("--backend", help='of all ops, or "op=backend,..."; default: FASTGPT_BACKEND, else "auto"')
 ]
 _RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="a run's folder")]
-_CheckpointOption = Annotated[str, typer.Option("--checkpoint", metavar="last|best|step-N", help="which checkpoint")]
+_CHECKPOINT = typer.Option("--checkpoint", metavar="last|best|step-N", help="which one of a run; default: best")
+_SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="a run's folder; or as for train --init: a folder in Hugging Face's layout, nanoGPT's ckpt.pt, or a name "
+        "of the Hub",
+    ),
+]
+_TokenizerOption = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="of weights that bring none: gpt2, byte or the path of a tokenizer.json"),
+]
 
 
 def main() -> NoReturn:
@@ -79,8 +94,11 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # what typer makes of an interrupt, without a word
+            raise KeyboardInterrupt
         distributed.leave()
     except (UserError, TrainingError) as error:
         _fail(str(error), 2 if isinstance(error, UserError) else 1)
@@ -104,6 +122,12 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """End as an interrupt does, through everything that cleans up, and with the code that a shell has for it."""
+    signal.signal(number, signal.SIG_DFL)  # once more ends it at once
+    _fail("terminated", 128 + number)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     if message and distributed.is_first_to_fail():  # typer has none where it has printed the help
         print("fastgpt: " + " ".join(message.replace("Value error, ", "").split()), file=sys.stderr)
@@ -125,6 +149,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def _train(
     preset: str | None, config: Path | None, out: Path | None, resume: bool, checkpoint: str | None, **overrides: Any
 ) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until the loop, which saves: who waits for others cannot clean up
     world = distributed.join()
     given = {name: value for name, value in overrides.items() if value is not None}
     if resume:
@@ -134,8 +159,11 @@ def _train(
             raise UserError("--resume takes its settings from the run: leave out --preset and --config")
         if "init" in given:
             raise UserError("--resume goes on with the run's own weights: leave out --init")
-        model_config, train_config, _ = read_config(out)
-        fixed = {**dataclasses.asdict(model_config), "tokenizer": train_config.tokenizer}
+        model_config, train_config, tokenizer = read_config(out)
+        if "tokenizer" in given and _names(given["tokenizer"], tokenizer, train_config):
+            del given["tokenizer"]  # which may be another name of what the run has
+        called = tokenizer.kind if train_config.tokenizer == "auto" else train_config.tokenizer
+        fixed: dict[str, Any] = {**dataclasses.asdict(model_config), "tokenizer": called}
         for name in fixed.keys() & given.keys():
             if given[name] != fixed[name]:
                 raise UserError(f"--{name.replace('_', '-')} cannot change when a run is resumed: it is {fixed[name]}")
@@ -195,6 +223,13 @@ def _train(
     console.print(table)
     console.print(f"checkpoint: {find_checkpoint(run)}", markup=False)
     console.print(f"sample from it: fastgpt sample {run}", markup=False)
+
+
+def _names(tokenizer: str, own: Tokenizer, config: TrainConfig) -> bool:
+    """Whether a ``--tokenizer`` names the one that a run has, by what it was called or what it is."""
+    if tokenizer.endswith(".json"):
+        return make_tokenizer(tokenizer, tuple).to_json() == own.to_json()
+    return tokenizer == config.tokenizer or (tokenizer == own.kind and wanted_size(tokenizer) is None)
 
 
 def _train_signature() -> inspect.Signature:
@@ -313,9 +348,12 @@ def prepare_data(
         def report(shard: Shard) -> None:
             shards.append(shard)
             tokens, num_bytes = sum(s.tokens for s in shards), sum(s.text_bytes for s in shards)
-            bar.update(task, done=f"{len(shards)} shards, {tokens:,} tokens of {num_bytes / 1e6:,.0f} MB")
+            bar.update(task, done=f"{len(shards)} shards, {tokens:,} tokens of {filesize.decimal(num_bytes)}")
 
         header = prepare(data, tokenizer, out, processes or os.cpu_count() or 1, report, notify=console.print)
+    wanted = wanted_size(tokenizer)
+    fewer = "" if wanted in (None, header.vocab_size) else f" (the text has no more for {wanted:,})"
+    console.print(f"vocabulary: {header.vocab_size:,} tokens{fewer}")
     for split in SPLITS:
         tokens = sum(shard.tokens for shard in header.shards if shard.file.startswith(split))
         console.print(f"{split}: {tokens:,} tokens")
@@ -329,7 +367,7 @@ def prepare_data(
 
 @app.command()
 def sample(
-    run: _RunArgument,
+    source: _SourceArgument,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="text to continue; \\n is a new line; repeatable, then as one batch"),
@@ -345,7 +383,8 @@ def sample(
     num_samples: Annotated[int, typer.Option(min=1, help="texts to draw of each prompt")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="draw the same texts each time")] = None,
     cache: Annotated[bool, typer.Option(help="keep keys and values; without, all is read for each token")] = True,
-    checkpoint: _CheckpointOption = "best",
+    checkpoint: Annotated[str | None, _CHECKPOINT] = None,
+    tokenizer: _TokenizerOption = None,
     device: _DeviceOption = "auto",
     dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="as in training")] = "auto",
     backend: _BackendOption = "",
@@ -355,9 +394,9 @@ def sample(
     where = pick_device(device)
     of = pick_dtype(dtype, where)
     choice = pick_backend(backend, where, of)
-    model, tokenizer, _, _ = load_model(run, checkpoint)
+    model, its_tokenizer, _, _ = open_model(source, checkpoint, tokenizer)
     model.to(where)
-    prompts = [_unescape(text) for text in prompt or [tokenizer.beginning]]
+    prompts = [_unescape(text) for text in prompt or [its_tokenizer.beginning]]
     generator = torch.Generator(where)
     if seed is None:
         generator.seed()
@@ -369,7 +408,7 @@ def sample(
                 print("-" * 40)
             _stream(
                 model,
-                tokenizer,
+                its_tokenizer,
                 prompts,
                 num_tokens,
                 where,
@@ -410,26 +449,28 @@ def _stream(
 
 @app.command()
 def attention(
-    run: _RunArgument,
+    source: _SourceArgument,
     prompt: Annotated[str, typer.Option(help="the text to be read; \\n is a new line")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="the folder to write")] = Path("attention"),
     layer: Annotated[int | None, typer.Option(help="this one alone, counted from 0")] = None,
     head: Annotated[int | None, typer.Option(help="this one alone, counted from 0")] = None,
-    checkpoint: _CheckpointOption = "best",
+    checkpoint: Annotated[str | None, _CHECKPOINT] = None,
+    tokenizer: _TokenizerOption = None,
     device: _DeviceOption = "auto",
 ) -> None:
     """Draw what each token of a text looks at, a PNG per layer and head."""
     where = pick_device(device)
     choice = pick_backend("", where, torch.float32)
-    model, tokenizer, _, _ = load_model(run, checkpoint)
+    model, its_tokenizer, _, _ = open_model(source, checkpoint, tokenizer)
+    model.to(where)
     with choice:
-        for path in draw_attention(model.to(where), tokenizer, _unescape(prompt), out, where, layer=layer, head=head):
+        for path in draw_attention(model, its_tokenizer, _unescape(prompt), out, where, layer=layer, head=head):
             print(path)
 
 
 @app.command("eval")
 def evaluate(
-    run: _RunArgument,
+    source: _SourceArgument,
     data: Annotated[
         str | None, typer.Option(help="any text, which is read whole; of a prepared folder, the validation split")
     ] = None,
@@ -437,47 +478,55 @@ def evaluate(
         int | None, typer.Option(help="tokens from a window to the next; default: block_size, no overlap")
     ] = None,
     eval_iters: Annotated[int | None, typer.Option(min=1, help="batches averaged; default: as the run ends")] = None,
-    checkpoint: _CheckpointOption = "best",
+    checkpoint: Annotated[str | None, _CHECKPOINT] = None,
+    tokenizer: _TokenizerOption = None,
     device: _DeviceOption = "auto",
-    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="default: the run's")] = None,
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="default: the run's, else auto")
+    ] = None,
     backend: _BackendOption = "",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Average a checkpoint's loss over batches of its own data, or, with --data, over each token of any text."""
+    """Average a model's loss over each token of a text (--data), or a run's over batches of its own data."""
     if data is None and stride is not None:
         raise UserError("--stride is for --data, a text that is evaluated whole")
     if data is not None and eval_iters is not None:
         raise UserError("--eval-iters is for the run's own data: --data is evaluated whole")
     where = pick_device(device)
-    model, tokenizer, config, state = load_model(run, checkpoint)
+    model, its_tokenizer, of_run, state = open_model(source, checkpoint, tokenizer)
+    config = of_run or TrainConfig()
+    step = state.step if state else None
     of = pick_dtype(dtype or config.dtype, where)
     choice = pick_backend(backend, where, of)
     console = Console(stderr=as_json, soft_wrap=True, highlight=False)
     autocast = torch.autocast(where.type, dtype=of, enabled=of != torch.float32)
     model.to(where)
+    name = source if step is None else f"{Path(source).resolve().name}, step {step}"
     if data is not None:
-        text = load_tokens(data, tokenizer, notify=console.print)
+        text = load_tokens(data, its_tokenizer, notify=console.print)
         with choice:
             found = text_loss(
-                model, text, tokenizer, stride=stride, batch_size=config.batch_size, device=where, autocast=autocast
+                model, text, its_tokenizer, stride=stride, batch_size=config.batch_size, device=where, autocast=autocast
             )
         if as_json:
-            print(json.dumps({"step": state.step, "data": text.name, **dataclasses.asdict(found)}))
+            print(json.dumps({"step": step, "data": text.name, **dataclasses.asdict(found)}))
             return
-        title = f"{run.resolve().name}, step {state.step}, {found.tokens:,} tokens of {text.name}"
+        title = f"{name}, {found.tokens:,} tokens of {text.name}"
         table = Table("loss", "perplexity", "bits per byte", title=title, title_justify="left")
         table.add_row(f"{found.loss:.4f}", f"{found.perplexity:.3f}", f"{found.bits_per_byte:.4f}")
         console.print(table)
         return
-    dataset = load_dataset(config.data, model.config.block_size, tokenizer, notify=console.print)
+    if of_run is None:
+        raise UserError(f"{source} is no run with data of its own: name a text with --data")
+    dataset = load_dataset(config.data, model.config.block_size, its_tokenizer, notify=console.print)
     count = eval_iters or config.final_eval_iters
     batches = evaluation_batches(dataset, config, model.config.block_size, where)
     with choice:
         losses = {split: mean_loss(model, batches[split], count, autocast) for split in batches}
     if as_json:
-        print(json.dumps({"step": state.step, "batches": count, **losses}))
+        print(json.dumps({"step": step, "batches": count, **losses}))
         return
-    table = Table(title=f"{run.resolve().name}, step {state.step}, {count} batches", title_justify="left")
+    table = Table(title=f"{name}, {count} batches", title_justify="left")
     for heading in ("split", "loss", "perplexity"):
         table.add_column(heading)
     for split, loss in losses.items():
@@ -501,7 +550,7 @@ def export(
     run: _RunArgument,
     to: Annotated[Literal["hf"], typer.Option(help="hf: a folder that Hugging Face's transformers opens")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="the folder to write")],
-    checkpoint: _CheckpointOption = "best",
+    checkpoint: Annotated[str, _CHECKPOINT] = "best",
 ) -> None:
     """Write a checkpoint for other programs."""
     model, tokenizer, _, state = load_model(run, checkpoint)

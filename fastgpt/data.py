@@ -265,14 +265,26 @@ def _local_pieces(texts: list[_Text]) -> Iterator[Piece]:
 
 def _corpus_pieces(corpus: str) -> Iterator[Piece]:
     """A corpus of the hub as it streams in, one document in VAL_EVERY for validation."""
+    for index, document in enumerate(_corpus_documents(corpus)):
+        yield from _pieces("train" if index % VAL_EVERY else "val", document)
+
+
+def _corpus_documents(corpus: str) -> Iterator[str]:
     datasets = require("datasets", "data", f"the corpus {corpus}")
     repository, configuration = CORPORA[corpus]
+    count = 0
     try:
-        rows = datasets.load_dataset(repository, configuration, split="train", streaming=True)
-        for index, row in enumerate(rows):
-            yield from _pieces("train" if index % VAL_EVERY else "val", row["text"])
-    except OSError as error:
-        raise UserError(f"{corpus} cannot be streamed from the Hugging Face hub: {error}") from error
+        for row in datasets.load_dataset(repository, configuration, split="train", streaming=True):
+            yield row["text"]
+            count += 1
+    except Exception as error:  # of the network, its client or the file's format: they have no common type
+        reason = f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        if count == 0:
+            raise UserError(f"{corpus} cannot be streamed from the Hugging Face hub {reason}") from error
+        raise UserError(
+            f"{corpus}: the stream from the Hugging Face hub broke off after {count:,} documents {reason}: the same "
+            "command goes on"
+        ) from error
 
 
 def _pieces(split: Split, document: str) -> Iterator[Piece]:
@@ -366,7 +378,7 @@ def _tokenized(texts: list[_Text], name: str, tokenizer: Tokenizer | str) -> tup
             made = make_tokenizer(tokenizer, lambda: (text.read() for text in texts))
             write_atomically(path, json_bytes(made.to_json()))
         tokenizer = read_tokenizer(path)
-    folder = cache_dir() / "tokens" / _key(digest, json.dumps(tokenizer.to_json()))
+    folder = cache_dir() / "tokens" / _key(digest, f"{Header.version} {json.dumps(tokenizer.to_json())}")
     if not folder.is_dir():
         with new_folder(folder) as new:
             write_shards(

@@ -16,7 +16,6 @@ Each line has
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ _PICTURES = ("png", "svg", "pdf")
 class Metrics:
     """The metrics of a run folder, which begin with ``kept``: see ``metrics_until``.
 
-    With ``tensorboard`` they also go into RUN/tensorboard, which takes what ``check_tensorboard`` asks for.
+    With ``tensorboard`` they also go into RUN/tensorboard, which takes TensorBoard's package.
     """
 
     def __init__(self, run: Path, kept: Sequence[dict[str, Any]] = (), *, tensorboard: bool = False) -> None:
@@ -66,15 +65,6 @@ class Metrics:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-def check_tensorboard() -> None:
-    """
-    Raises:
-        UserError: the package is missing.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tensorboard: the package is missing: pip install 'fastgpt[tensorboard]'")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastgpt.checkpoint import bare_model, open_checkpoint, read_config, stored_weights
-from fastgpt.config import GPTConfig, UserError, field_types, told
+from fastgpt.checkpoint import RunState, bare_model, load_model, open_checkpoint, read_config, stored_weights
+from fastgpt.config import GPTConfig, TrainConfig, UserError, field_types, told
 from fastgpt.distributed import own_rows
 from fastgpt.extras import require
 from fastgpt.files import json_bytes, new_folder, read_json
-from fastgpt.model import GPT
+from fastgpt.model import GPT, Bigram
 from fastgpt.tensor_files import Stored, check_tensors, find_tensors, tensor_names
-from fastgpt.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer
+from fastgpt.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer, make_tokenizer
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FREE_SETTINGS = ("block_size", "dropout", "attention")  # the others are the weights' own
@@ -129,6 +129,69 @@ def tokenizer_of(source: str | Path) -> Tokenizer | None:
     return _read_hf_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
 
 
+def open_model(
+    source: str, checkpoint: str | None = None, tokenizer: str | None = None
+) -> tuple[GPT | Bigram, Tokenizer, TrainConfig | None, RunState | None]:
+    """As ``load_model``, of whatever ``load_pretrained`` takes; what only a run has is None for the others.
+
+    Args:
+        source: as in ``load_pretrained``; a run may have trained a Bigram.
+        checkpoint: of a run, "best" (which None is), "last" or "step-N".
+        tokenizer: of other weights, "gpt2", "byte" or the path of a tokenizer.json; None is as in ``tokenizer_of``.
+    Raises:
+        UserError: as ``load_pretrained``; no tokenizer, one that is not the weights', or an argument that is not for
+            this kind of source.
+    """
+    path = Path(source).expanduser()
+    if _kind(path) == "run":
+        if tokenizer is not None:
+            raise UserError(f"--tokenizer is for weights that bring none, and {source} is a run, which has its own")
+        return load_model(path, checkpoint or "best")
+    if checkpoint is not None:
+        raise UserError(f"--checkpoint is for a run, which {source} is not")
+    if tokenizer is None:
+        own = tokenizer_of(source)
+    elif tokenizer in ("byte", "gpt2") or tokenizer.endswith(".json"):
+        own = make_tokenizer(tokenizer, tuple)
+    else:
+        raise UserError(f"--tokenizer must be gpt2, byte or a tokenizer.json here, where no text is, got {tokenizer!r}")
+    if own is None:
+        raise no_tokenizer(source)
+    model = load_pretrained(source, dropout=0.0)
+    require_vocabulary(model.config, own, source, tokenizer or source)
+    return model, own, None, None
+
+
+def no_tokenizer(source: str) -> UserError:
+    """The sentence for weights whose tokenizer ``tokenizer_of`` does not find."""
+    hint = ""
+    if _kind(Path(source).expanduser()) == "nanogpt":
+        hint = (
+            " (gpt2; or, for its meta.pkl is a pickle and is not opened, the tokenizer.json that fastgpt prepare "
+            "--tokenizer char makes of the same text)"
+        )
+    return UserError(
+        f"the weights of {source} bring no tokenizer that can be used here: name it with --tokenizer{hint}"
+    )
+
+
+def require_vocabulary(config: GPTConfig, tokenizer: Tokenizer, source: str, name: str) -> None:
+    """Hold a tokenizer to the weights of ``source``, of ``config``, which would take other tokens for their own.
+
+    Rows may be left over where they only pad: to a multiple of 64, as nanoGPT does, or where the tokenizer is the one
+    that came with the weights.
+
+    Raises:
+        UserError: the vocabularies differ; the sentence begins with ``name``, whose tokenizer this is.
+    """
+    tokens, rows = tokenizer.vocab_size, config.vocab_size
+    if rows in (tokens, -(-tokens // 64) * 64):
+        return
+    own = tokenizer_of(source) if rows > tokens else None
+    if own is None or own.to_json() != tokenizer.to_json():
+        raise UserError(f"{name}: its tokenizer has {tokens} tokens, and the weights of {source} know {rows}")
+
+
 def export_hf(model: GPT, tokenizer: Tokenizer | None, out: Path) -> bool:
     """Write a folder that ``transformers.GPT2LMHeadModel.from_pretrained`` opens.
 
@@ -217,13 +280,21 @@ def _download(name: str) -> Path:
     repository = f"openai-community/{name}" if name in GPT2_NAMES else name
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
         raise UserError(f"{name}: there is no such file or folder, and no model that is known by this name")
-    hub = require("huggingface_hub", "hf", f"{name}: a model of the Hugging Face Hub")
+    hub = require(
+        "huggingface_hub",
+        "hf",
+        f"{name}: there is no such file or folder, and to be a model of the Hugging Face Hub it",
+    )
     wanted = ["config.json", TOKENIZER, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+    verbosity = hub.logging.get_verbosity()
+    hub.logging.set_verbosity_error()  # each of its retries would be a line
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # all of the Hub's own are one or the other
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: neither here nor to be had from the Hugging Face Hub ({reason})") from error
+    finally:
+        hub.logging.set_verbosity(verbosity)
 
 
 def _read_hf(folder: Path, any_dropout: bool) -> Pretrained:

@@ -1,7 +1,7 @@
 """Tokens on disk: memory-mapped shards, and the header that vouches for them.
 
-    DIR/header.json       what was asked for, dtype, the tokenizer's sha256, complete, and of each shard its file,
-                          sha256, tokens and documents, and its text's bytes and sha256
+    DIR/header.json       what was asked for, dtype, the tokenizer's size and sha256, complete, and of each shard its
+                          file, sha256, tokens and documents, and its text's bytes and sha256
     DIR/tokenizer.json    see fastgpt.tokenizer
     DIR/train-00000.bin   token ids, little-endian uint16 or uint32; val-00000.bin likewise
 
@@ -13,6 +13,8 @@ call goes on.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -23,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -67,11 +70,12 @@ class Header:
     data: str
     tokenizer_name: str
     tokenizer_sha256: str
+    vocab_size: int
     dtype: str
     shard_chars: int
     complete: bool = False
     shards: tuple[Shard, ...] = ()
-    version: int = 1
+    version: int = 2
 
 
 class Shards:
@@ -166,6 +170,11 @@ def _tokenizer_of(folder: Path, header: Header) -> Tokenizer:
     tokenizer = read_tokenizer(path)
     if hashlib.sha256(_tokenizer_bytes(tokenizer)).hexdigest() != header.tokenizer_sha256:
         raise UserError(f"{path}: not the tokenizer that the folder was prepared with (its sha256 is not the header's)")
+    if header.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{folder / HEADER}: damaged: vocab_size must be the tokenizer's {tokenizer.vocab_size}, got "
+            f"{header.vocab_size}"
+        )
     if header.dtype != _dtype_for(tokenizer.vocab_size):
         raise UserError(f"{folder / HEADER}: damaged: {tokenizer.vocab_size} tokens do not go by {header.dtype}")
     return tokenizer
@@ -236,8 +245,46 @@ def write_shards(
         shard_chars: characters of text in a shard, about.
         report: is told of each shard once it is there.
     Raises:
-        UserError: ``folder`` holds something else or was begun with other arguments, or the text is not the one it was.
+        UserError: ``folder`` holds something else or was begun with other arguments, the text is not the one it was, or
+            another call is at work in the folder.
     """
+    with _locked(folder):
+        return _write(folder, pieces, data, tokenizer_name, tokenizer, processes, shard_chars, report)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder``, made if need be, against other calls; one that was made and is still empty does not stay."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(handle)
+            raise UserError(
+                f"{folder}: another fastgpt prepare is at work here: wait for its end, or choose another folder"
+            ) from error
+        # Some network file systems cannot lock a folder: there it is for the user to keep them apart (docs/data.md).
+    try:
+        yield
+    finally:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+        os.close(handle)
+
+
+def _write(
+    folder: Path,
+    pieces: Iterable[Piece],
+    data: str,
+    tokenizer_name: str,
+    tokenizer: Callable[[], Tokenizer],
+    processes: int,
+    shard_chars: int,
+    report: Callable[[Shard], None],
+) -> Header:
     header, tokenize_by = _begin(folder, data, tokenizer_name, shard_chars, tokenizer)
     known = {shard.file: shard for shard in header.shards}
     there: set[str] = set()
@@ -296,7 +343,8 @@ def _begin(
     content = _tokenizer_bytes(tokenizer)
     write_atomically(folder / "tokenizer.json", content)
     digest = hashlib.sha256(content).hexdigest()
-    header = Header(data, tokenizer_name, digest, _dtype_for(tokenizer.vocab_size), shard_chars)
+    size = tokenizer.vocab_size
+    header = Header(data, tokenizer_name, digest, size, _dtype_for(size), shard_chars)
     _write_header(folder, header)
     return header, tokenizer
 

@@ -23,8 +23,10 @@ from fastgpt.extras import require
 from fastgpt.files import read_json
 
 DEFAULT_SIZE = 4096  # of a vocabulary that is trained
+LARGEST_SIZE = 1 << 24  # of it, as a model's vocab_size
 TRAINING_CHARS = 1 << 24  # how much of a text a tokenizer is trained on
 END_OF_TEXT = "<|endoftext|>"
+_NAME = re.compile(r"(char|byte|gpt2)|(bpe|sentencepiece)(?::(\d{1,9}))?")  # of a --tokenizer
 
 
 class Tokenizer(ABC):
@@ -103,12 +105,12 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """
     if name.endswith(".json"):
         return read_tokenizer(Path(name).expanduser())
-    parsed = re.fullmatch(r"(char|byte|gpt2)|(bpe|sentencepiece)(?::(\d{1,9}))?", name)
+    parsed = _NAME.fullmatch(name)
     if parsed is None:
         raise UserError(
             f"tokenizer must be char, byte, gpt2, bpe[:SIZE], sentencepiece[:SIZE] or a tokenizer.json, got {name!r}"
         )
-    simple, trained, size = parsed.groups()
+    simple, trained, _ = parsed.groups()
     if simple == "char":
         characters: set[str] = set()
         for text in texts():  # which may be a corpus: one of them in memory at a time
@@ -117,7 +119,17 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     if simple is not None:
         return ByteTokenizer() if simple == "byte" else GPT2Tokenizer()
     kind = BPETokenizer if trained == "bpe" else SentencePieceTokenizer
-    return kind.trained_on(_first(texts(), TRAINING_CHARS), int(size or DEFAULT_SIZE))
+    size = wanted_size(name)
+    assert size is not None
+    if size >= LARGEST_SIZE:
+        raise UserError(f"{trained}:SIZE must be less than {LARGEST_SIZE:,}, got {size:,}")
+    return kind.trained_on(_first(texts(), TRAINING_CHARS), size)
+
+
+def wanted_size(name: str) -> int | None:
+    """The vocabulary that a ``--tokenizer`` asks for, where it is one that is trained to a size."""
+    parsed = _NAME.fullmatch(name)
+    return int(parsed[3] or DEFAULT_SIZE) if parsed and parsed[2] else None
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -359,8 +371,16 @@ class SentencePieceTokenizer(Tokenizer):
                 minloglevel=2,
             )
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"sentencepiece:{vocab_size} cannot be trained on this text ({reason})") from error
+            reason = " ".join(str(error).split())
+            needed = re.search(r"required_chars\. \d+ vs (\d+)", reason)
+            if needed:
+                raise UserError(
+                    f"sentencepiece:SIZE must be at least {needed[1]} for this text, the bytes, two of its own and the "
+                    f"text's characters, got {vocab_size}"
+                ) from error
+            if "sentences_.empty()" in reason:
+                raise UserError("sentencepiece cannot be trained on a text of empty lines alone") from error
+            raise UserError(f"sentencepiece:{vocab_size} cannot be trained on this text ({reason[:200]})") from error
         return cls(model.getvalue())
 
     def encode(self, text: str) -> np.ndarray:

@@ -39,11 +39,12 @@ from fastgpt.config import GPTConfig, ModelConfig, TrainConfig, TrainingError, U
 from fastgpt.cuda_graph import Graphed
 from fastgpt.data import NAMED_TEXTS, Batches, Dataset, load_dataset
 from fastgpt.devices import peak_flops
-from fastgpt.metrics import Metrics, check_tensorboard, metrics_until, plot_losses
+from fastgpt.extras import require
+from fastgpt.metrics import Metrics, metrics_until, plot_losses
 from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer, gradients, learning_rate
 from fastgpt.placement import DTYPES, device_name, fp32_products, peak_memory, pick_backend, pick_device, pick_dtype
-from fastgpt.pretrained import Pretrained, tokenizer_of
+from fastgpt.pretrained import Pretrained, no_tokenizer, require_vocabulary, tokenizer_of
 from fastgpt.profiling import FIRST, LAST, traced
 from fastgpt.shards import is_prepared
 from fastgpt.tokenizer import Tokenizer
@@ -101,23 +102,21 @@ class Trainer:
         if config.recompute and not isinstance(model_config, GPTConfig):
             raise UserError("recompute is for the blocks of a GPT, and this model has none")
         if config.tensorboard:
-            check_tensorboard()
+            require("tensorboard", "tensorboard", "--tensorboard")
         tokenizer: Tokenizer | str = config.tokenizer
         if resume:
             _, begun, tokenizer = read_config(run)
         elif config.init and tokenizer == "auto":
             tokenizer = tokenizer_of(config.init) or tokenizer
             if tokenizer == "auto" and not is_prepared(Path(config.data).expanduser()):  # such a folder brings its own
-                raise UserError(
-                    f"the weights of {config.init} bring no tokenizer that can be used here: name it with --tokenizer"
-                )
+                raise no_tokenizer(config.init)
         with self.world.local_first() as first:
             self.dataset = load_dataset(config.data, model_config.block_size, tokenizer, self._warn, verify=first)
         found = self.dataset.name  # a path is kept as one that holds from any folder
         found = found if found in NAMED_TEXTS else str(Path(found).expanduser().resolve())
         self.config = config = replace(config, data=found)
         if init is not None:
-            _require_vocabulary(init, self.dataset, config.init)
+            require_vocabulary(init.config, self.dataset.tokenizer, config.init, self.dataset.name)
         elif not resume:
             model_config = _with_vocabulary(model_config, self.dataset, keep_vocab_size)
 
@@ -481,13 +480,6 @@ def _with_vocabulary(model_config: ModelConfig, dataset: Dataset, keep: bool) ->
     if model_config.vocab_size < needed:
         raise UserError(f"vocab_size must be at least {needed}, {dataset.name}'s, got {model_config.vocab_size}")
     return model_config
-
-
-def _require_vocabulary(weights: Pretrained, dataset: Dataset, source: str) -> None:
-    """Other tokens than the weights know would be taken for theirs. nanoGPT pads a vocabulary to a multiple of 64."""
-    tokens, rows = dataset.tokenizer.vocab_size, weights.config.vocab_size
-    if rows not in (tokens, -(-tokens // 64) * 64):
-        raise UserError(f"{dataset.name}: its tokenizer has {tokens} tokens, and the weights of {source} know {rows}")
 
 
 def _progress(console: Console) -> Progress:

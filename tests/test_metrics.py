@@ -102,7 +102,7 @@ def test_without_tensorboard_the_run_does_not_begin(
     train: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"the package is missing: pip install 'fastgpt\[tensorboard\]'"):
+    with pytest.raises(UserError, match=r"needs the package tensorboard: pip install 'fastgpt\[tensorboard\]'"):
         train("run", tensorboard=True)
     assert not (tmp_path / "run").exists()
 

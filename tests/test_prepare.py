@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt import data
+from fastgpt import data, shards
 from fastgpt.config import UserError
 from fastgpt.data import Batches, load_dataset, load_tokens, prepare
-from fastgpt.shards import Piece, Shards, read_shards, write_shards
+from fastgpt.shards import Piece, Shards, read_header, read_shards, write_shards
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 TEXT = "To be, or not to be: that is the question. \u2713\n" * 30
@@ -120,7 +120,7 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda h: h.update(version=2), "its version must be 1, got 2"),
+        (lambda h: h.update(version=1), "its version must be 2, got 1"),
         (lambda h: h.update(complete="yes"), "damaged: a header must hold"),
         (lambda h: h.update(extra=1), "damaged: a header must hold"),
         (lambda h: h.pop("data"), "damaged: a header must hold"),
@@ -133,6 +133,7 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path):
         (lambda h: h["shards"][0].update(tokens=-1), "counts less than nothing"),
         (lambda h: h["shards"][0].update(tokens=10**15), "not 1,000,000,000,000,000 tokens"),
         (lambda h: h["shards"][0].update(tokens=1.5), "damaged: a shard must hold"),
+        (lambda h: h.update(vocab_size=281), "damaged: vocab_size must be the tokenizer's 280, got 281"),
         (lambda h: h.update(tokenizer_sha256="0"), "not the tokenizer that the folder was prepared with"),
     ],
 )
@@ -212,8 +213,66 @@ def test_a_corpus_of_the_hub(tmp_path, corpus):
 
 def test_a_corpus_that_cannot_be_had_is_one_sentence(tmp_path, corpus, monkeypatch):
     monkeypatch.setitem(data.CORPORA, "openwebtext", (str(tmp_path / "nowhere"), None))
-    with pytest.raises(UserError, match="openwebtext cannot be streamed from the Hugging Face hub: "):
+    with pytest.raises(UserError, match=r"openwebtext cannot be streamed from the Hugging Face hub \(\w+Error: "):
         prepare("openwebtext", "byte", tmp_path / "out")
+    assert not (tmp_path / "out" / "header.json").exists() or not read_header(tmp_path / "out").complete
+
+
+class Broken(Exception):
+    """As httpx's and aiohttp's, no OSError."""
+
+
+@pytest.mark.parametrize(
+    "error", [Broken("peer closed\nconnection"), TimeoutError("timed out"), ValueError("bad file")]
+)
+def test_a_stream_that_breaks_off_says_so_and_the_same_command_goes_on(tmp_path, monkeypatch, error):
+    import datasets
+
+    monkeypatch.setattr(data, "SHARD_CHARS", 1000)
+    rows = [{"text": f"Document {i}.\n" + TEXT[: 7 * i]} for i in range(60)]
+
+    def breaks_off(*_, **__):
+        yield from rows[:40]
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", breaks_off)
+    with pytest.raises(
+        UserError, match=r"openwebtext: .* broke off after 40 documents .*: the same command goes on"
+    ) as e:
+        prepare("openwebtext", "byte", tmp_path / "cut")
+    assert "\n" not in str(e.value)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("train-*")}
+    assert len(before) > 3
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    prepare("openwebtext", "byte", tmp_path / "cut")
+    prepare("openwebtext", "byte", tmp_path / "whole")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert all((tmp_path / "cut" / name).stat().st_mtime_ns == time_ for name, time_ in before.items())
+
+
+def test_a_second_prepare_in_the_same_folder_is_refused(tmp_path):
+    def second(shard):
+        before = contents(tmp_path / "x")
+        with pytest.raises(UserError, match="x: another fastgpt prepare is at work here: wait for its end"):
+            write(tmp_path / "x")
+        assert contents(tmp_path / "x") == before
+        refused.append(shard)
+
+    refused = []
+    write(tmp_path / "x", report=second)
+    assert len(refused) > 5
+    write(tmp_path / "whole")
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+    write(tmp_path / "x")  # held no longer
+
+
+def test_a_folder_that_nothing_came_of_does_not_stay(tmp_path):
+    def none():
+        raise UserError("no tokenizer")
+
+    with pytest.raises(UserError, match="no tokenizer"):
+        write(tmp_path / "x", tokenizer=none)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_of_texts_is_split_by_bytes_with_an_end_after_each_document(tmp_path, monkeypatch):
@@ -246,7 +305,14 @@ def test_the_command_prepares_trains_samples_and_evaluates(tmp_path, command, mo
     code, out, err = command("prepare", "--data=text.txt", "--tokenizer=bpe:280", "--out=made", "--processes=1")
     assert (code, err) == (0, "")
     assert "val: " in out
+    assert "vocabulary: 280 tokens\n" in out
     assert "fastgpt train --data made" in out
+    code, out, err = command("prepare", "--data=text.txt", "--tokenizer=bpe:9999", "--out=small", "--processes=1")
+    size = read_header(Path("small")).vocab_size
+    assert (code, err) == (0, "")
+    assert f"vocabulary: {size:,} tokens (the text has no more for 9,999)" in out
+    assert f"tokens of {len(TEXT.encode()) / 1000:.1f} kB" in out
+    assert size == read_shards(Path("small"))[1].vocab_size < 9999
     tiny = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=8", "--batch-size=4", "--eval-iters=1"]
     short = [*tiny, "--max-iters=3", "--final-eval-iters=1", "--sample-tokens=5", "--device=cpu"]
     code, out, err = command("train", "--data=made", "--out=run", *short)
@@ -271,7 +337,10 @@ def test_the_command_prepares_trains_samples_and_evaluates(tmp_path, command, mo
         (["eval", "run", "--stride=3"], "--stride is for --data"),
         (["eval", "run", "--data=text.txt", "--eval-iters=3"], "--eval-iters is for the run's own data"),
         (["eval", "run", "--data=text.txt", "--stride=9"], "stride must be from 1 to the model's block_size 8, got 9"),
-        (["train", "--resume", "--out=run", "--tokenizer=byte"], "--tokenizer cannot change when a run is resumed"),
+        (
+            ["train", "--resume", "--out=run", "--tokenizer=byte"],
+            "--tokenizer cannot change when a run is resumed: it is bpe",
+        ),
         (["train", "--data=made", "--tokenizer=char"], "made: prepared with tokenizer bpe:280, not char"),
         (["prepare", "--data=text.txt", "--out=run"], "run: holds checkpoints and no prepared data"),
         (["prepare", "--data=nothing.txt", "--out=new"], "nothing.txt: cannot be read"),
@@ -281,6 +350,31 @@ def test_the_command_prepares_trains_samples_and_evaluates(tmp_path, command, mo
         assert code == 2
         assert err.count("\n") == 1
         assert sentence in err
+
+
+SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+
+
+@pytest.mark.parametrize(("signum", "wanted", "word"), SIGNALS)
+def test_a_signal_ends_the_command_in_one_line_and_it_goes_on(tmp_path, command, monkeypatch, signum, wanted, word):
+    (tmp_path / "text.txt").write_text(TEXT * 20, encoding="utf-8")
+    monkeypatch.setattr(data, "PIECE_CHARS", 2000)
+    arguments = ["prepare", f"--data={tmp_path / 'text.txt'}", "--tokenizer=byte", "--processes=1"]
+    assert command(*arguments, f"--out={tmp_path / 'whole'}")[0] == 0
+    tokenize, left = shards._tokenize, [3]
+
+    def interrupted(*job):
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(signum)
+        return tokenize(*job)
+
+    monkeypatch.setattr(shards, "_tokenize", interrupted)
+    code, _, err = command(*arguments, f"--out={tmp_path / 'cut'}")
+    assert (code, err) == (wanted, f"fastgpt: {word}\n")
+    assert len(list((tmp_path / "cut").glob("train-*"))) == 2
+    assert command(*arguments, f"--out={tmp_path / 'cut'}")[0] == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 @pytest.mark.full

@@ -2,11 +2,13 @@
 
 import builtins
 import json
+import logging
 import os
 import pickle
 import re
 import resource
 import shutil
+import signal
 import zipfile
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from fastgpt.generate import generate
 from fastgpt.model import Bigram
 from fastgpt.optim import build_optimizer
 from fastgpt.pretrained import LARGEST_PICKLE, export_hf, load_pretrained, tokenizer_of
-from fastgpt.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer
+from fastgpt.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, read_tokenizer
 
 SIZES = {
     "tiny": {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 11, "n_positions": 8},
@@ -216,13 +218,16 @@ class TestHuggingFace:
         with pytest.raises(UserError, match="exists already"):
             export_hf(ours(), None, tmp_path)
 
-    def test_a_name_without_network(self, tmp_path, monkeypatch):
+    def test_a_name_without_network(self, tmp_path, monkeypatch, caplog):
         import huggingface_hub
+
+        caplog.set_level("WARNING", "huggingface_hub")
 
         asked = []
 
         def snapshot_download(repository, **kwargs):
             asked.append(repository)
+            logging.getLogger("huggingface_hub").warning("Retrying in 1s [Retry 1/5].")
             raise huggingface_hub.errors.LocalEntryNotFoundError("no\nnetwork")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -230,6 +235,8 @@ class TestHuggingFace:
             with pytest.raises(UserError, match=rf"{name}: neither here nor to be had .*\(no network\)"):
                 GPT.from_pretrained(name)
         assert asked == ["openai-community/gpt2-xl", "somebody/gpt2-like"]
+        assert not caplog.records  # retries are silent
+        assert logging.getLogger("huggingface_hub").level == logging.WARNING  # as it was
         for name in ("gpt3", "../gpt2", str(tmp_path / "nowhere")):
             with pytest.raises(UserError, match="no such file or folder"):
                 GPT.from_pretrained(name)
@@ -550,6 +557,26 @@ class TestCommand:
         assert code == 2
         assert "only a GPT can be exported" in err
 
+    @pytest.mark.parametrize(("signum", "wanted"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_leaves_nothing_half_done(self, tmp_path, command, text, monkeypatch, signum, wanted):
+        run = write_run(tmp_path / "run", ours(vocab_size=10))
+        there = sorted(tmp_path.iterdir())
+
+        def interrupted(*_, **__):
+            signal.raise_signal(signum)
+
+        monkeypatch.setattr("fastgpt.pretrained.save_file", interrupted)
+        monkeypatch.setattr("fastgpt.cli.text_loss", interrupted)
+        monkeypatch.setattr("fastgpt.generate.sample", interrupted)
+        for arguments in (
+            ["export", run, "--to=hf", f"--out={tmp_path / 'hf'}"],
+            ["eval", run, f"--data={text}", "--device=cpu"],
+            ["sample", run, "--prompt=a", "--device=cpu"],
+        ):
+            code, _, err = command(*arguments)
+            assert (code, err.count("\n")) == (wanted, 1)
+            assert sorted(tmp_path.iterdir()) == there
+
     def test_fine_tuning_goes_on_from_every_source(self, tmp_path, command, text):
         model = ours(vocab_size=10, gelu="none", dropout=0.1)
         write_run(tmp_path / "run", model)
@@ -599,6 +626,23 @@ class TestCommand:
         assert code == 2
         assert "its tokenizer has 10 tokens, and the weights of" in err
 
+    def test_rows_left_over_beside_its_own_tokenizer_are_taken(self, tmp_path, command, text):
+        """Of a run with a larger --vocab-size, and of what it exported."""
+        tokenizer = BPETokenizer.trained_on([text.read_text()], 260)
+        run = write_run(tmp_path / "run", ours(vocab_size=300, block_size=8), tokenizer)
+        export_hf(GPT.from_pretrained(run), tokenizer, tmp_path / "hf")
+        own, other = run / "tokenizer.json", tmp_path / "other.json"
+        other.write_text(json.dumps(BPETokenizer.trained_on(["zyx" * 9], 259).to_json()))
+        for source in (run, tmp_path / "hf"):
+            for named in ([], [f"--tokenizer={own}"]):
+                out = tmp_path / f"{source.name}-{len(named)}"
+                code, _, err = self.train(command, text, out, f"--init={source}", *named)
+                assert code == 0, err
+                assert read_config(out)[0].vocab_size == 300
+            code, _, err = self.train(command, text, tmp_path / "no", f"--init={source}", f"--tokenizer={other}")
+            assert code == 2
+            assert "tokens, and the weights of" in err
+
     def test_a_vocabulary_that_was_padded_is_taken(self, tmp_path, command, text):
         export_hf(ours(vocab_size=64), None, tmp_path / "hf")
         code, _, err = self.train(command, text, tmp_path / "out", f"--init={tmp_path / 'hf'}", "--tokenizer=char")
@@ -615,6 +659,72 @@ class TestCommand:
         assert code == 0, err
         code, _, err = self.train(command, prepared, tmp_path / "out", f"--init={tmp_path / 'hf'}")
         assert code == 0, err
+
+    def test_sample_and_eval_take_what_from_pretrained_takes(self, tmp_path, command, text):
+        tokenizer = BPETokenizer.trained_on([text.read_text()], 260)
+        model = ours(vocab_size=260, gelu="none")
+        run = write_run(tmp_path / "run", model, tokenizer)
+        export_hf(GPT.from_pretrained(run), tokenizer, tmp_path / "hf")
+        torch.save(nanogpt_checkpoint(GPT.from_pretrained(run)), tmp_path / "ckpt.pt")
+        named = f"--tokenizer={run / 'tokenizer.json'}"
+        found = {}
+        for source, more in (("run", []), ("hf", []), ("hf", [named]), ("ckpt.pt", [named])):
+            arguments = [tmp_path / source, "--device=cpu", *more]
+            code, sampled, err = command("sample", *arguments, "--prompt=abc", "--num-tokens=9", "--temperature=0")
+            assert (code, err) == (0, "")
+            code, measured, err = command("eval", *arguments, f"--data={text}", "--json")
+            assert (code, err) == (0, "")
+            measured = json.loads(measured)
+            assert measured.pop("step") == (1 if source == "run" else None)
+            found[source, len(more)] = sampled, measured
+        assert all(result == found["run", 0] for result in found.values())
+        assert found["run", 0][0].startswith("abc")
+        code, out, err = command("eval", tmp_path / "hf", f"--data={text}", "--device=cpu")
+        assert (code, err) == (0, "")
+        assert f"{found['run', 0][1]['perplexity']:.3f}" in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (
+                ["sample", "ckpt.pt"],
+                "ckpt.pt bring no tokenizer that can be used here: name it with --tokenizer (gpt2; or",
+            ),
+            (
+                ["eval", "hf", "--data=text.txt"],
+                "hf bring no tokenizer that can be used here: name it with --tokenizer\n",
+            ),
+            (["sample", "ckpt.pt", "--tokenizer=char"], "--tokenizer must be gpt2, byte or a tokenizer.json here"),
+            (
+                ["sample", "ckpt.pt", "--tokenizer=byte"],
+                "byte: its tokenizer has 256 tokens, and the weights of ckpt.pt",
+            ),
+            (["sample", "run", "--tokenizer=byte"], "run is a run, which has its own"),
+            (["sample", "ckpt.pt", "--checkpoint=last"], "--checkpoint is for a run, which ckpt.pt is not"),
+            (["eval", "ckpt.pt", "--tokenizer=run/tokenizer.json"], "ckpt.pt is no run with data of its own: name a"),
+            (["sample", "gpt3"], "gpt3: there is no such file or folder, and no model that is known by this name"),
+            (["sample", "cache"], "cache: there is no run in this folder"),
+        ],
+    )
+    def test_what_sample_and_eval_cannot_take(self, tmp_path, monkeypatch, command, text, arguments, sentence):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "cache").mkdir()
+        model = ours(vocab_size=10, gelu="none")
+        write_run(tmp_path / "run", model)
+        export_hf(model, None, tmp_path / "hf")
+        torch.save(nanogpt_checkpoint(model), "ckpt.pt")
+        code, _, err = command(*arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert sentence in err
+
+    def test_nanogpts_characters_are_those_of_prepare(self, tmp_path, command, text):
+        """Its prepare.py numbers them so: sorted(list(set(data)))."""
+        code, _, err = command("prepare", f"--data={text}", "--tokenizer=char", f"--out={tmp_path / 'made'}")
+        assert code == 0, err
+        made = read_tokenizer(tmp_path / "made" / "tokenizer.json")
+        assert made.encode(text.read_text()).tolist() == [
+            sorted(set(text.read_text())).index(c) for c in text.read_text()
+        ]
 
     def test_no_run_to_start_from(self, tmp_path, command, text):
         bigram = write_run(tmp_path / "bigram", Bigram(BigramConfig(vocab_size=10)))

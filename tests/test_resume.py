@@ -226,6 +226,18 @@ def test_a_run_on_a_prepared_folder_goes_on_with_its_tokens(tmp_path):
         trainer(tmp_path / "halves", max_iters=12)
 
 
+def test_the_tokenizer_of_a_run_may_be_named_when_it_is_resumed(tmp_path, command):
+    run = tmp_path / "run"
+    trainer(run, max_iters=2, eval_interval=2, sample_tokens=0).run_until_done()
+    for steps, named in ((3, "char"), (4, "auto"), (5, run / "tokenizer.json")):
+        code, out, err = command("train", "--resume", f"--out={run}", f"--max-iters={steps}", f"--tokenizer={named}")
+        assert (code, err) == (0, "")
+        assert "tokenizer '" not in out  # which would be said to have changed
+    for named in ("byte", "bpe:300"):
+        code, out, err = command("train", "--resume", f"--out={run}", "--max-iters=9", f"--tokenizer={named}")
+        assert (code, err) == (2, "fastgpt: --tokenizer cannot change when a run is resumed: it is char\n")
+
+
 def test_a_run_from_given_weights_that_wrote_no_checkpoint_is_not_begun_from_others(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, data=str(tmp_path / "text.txt"), init="elsewhere", tokenizer="char")
     weights = Pretrained(dataclasses.replace(MODEL, vocab_size=28), {})

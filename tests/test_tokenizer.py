@@ -137,7 +137,11 @@ def test_names(tmp_path, small_gpt2, monkeypatch):
         ("bpe:many", "tokenizer must be char"),
         ("char:5", "tokenizer must be char"),
         ("bpe:256", "bpe:SIZE must be at least 257"),
-        ("sentencepiece:10", "sentencepiece:10 cannot be trained on this text"),
+        (
+            "sentencepiece:10",
+            r"sentencepiece:SIZE must be at least \d{3} for this text, the bytes, two of its own and the .* got 10",
+        ),
+        ("sentencepiece:16777216", r"sentencepiece:SIZE must be less than 16,777,216"),
         ("missing.json", r"missing\.json: cannot be read"),
     ],
 )
