@@ -67,7 +67,7 @@ def test_a_token_is_read_once_until_the_window_slides(prompt, use_cache, wanted)
 
 def sharp_model(**options):
     """A model whose probabilities differ by more than rounding does, and whose tokens do not repeat themselves."""
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     sizes = {"block_size": 16, "vocab_size": 13, "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_multiple": 8}
     m = GPT(GPTConfig(**sizes | {"tie_weights": False} | options))
     for p in m.parameters():
