@@ -94,7 +94,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)
         if code == 128 + signal.SIGINT:  # what typer makes of an interrupt, without a word
@@ -119,6 +119,8 @@ def main() -> NoReturn:
         if "allocate" not in str(error):  # PyTorch's CPU allocator raises no type of its own
             raise
         _fail("out of memory: the model or the batch is too large for this machine", 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code if isinstance(code, int) else 0)
 
 
