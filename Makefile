@@ -5,7 +5,7 @@ STAGE ?= test
 OUT ?= runs/bench
 VENV := .venv
 # The tests are single-threaded, so each of up to eight cores takes one file of them after another.
-WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
+WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 BIN := $(VENV)/bin
 CPP := $(shell find csrc tests lessons -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
