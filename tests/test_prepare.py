@@ -355,6 +355,7 @@ def test_the_command_prepares_trains_samples_and_evaluates(tmp_path, command, mo
 SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("signum", "wanted", "word"), SIGNALS)
 def test_a_signal_ends_the_command_in_one_line_and_it_goes_on(tmp_path, command, monkeypatch, signum, wanted, word):
     (tmp_path / "text.txt").write_text(TEXT * 20, encoding="utf-8")

@@ -557,6 +557,7 @@ class TestCommand:
         assert code == 2
         assert "only a GPT can be exported" in err
 
+    @pytest.mark.usefixtures("interruptible")
     @pytest.mark.parametrize(("signum", "wanted"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_a_signal_leaves_nothing_half_done(self, tmp_path, command, text, monkeypatch, signum, wanted):
         run = write_run(tmp_path / "run", ours(vocab_size=10))

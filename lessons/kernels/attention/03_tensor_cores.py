@@ -4,7 +4,7 @@ A tensor core multiplies small matrices of fp16 numbers and adds the products up
 the time of one. All it takes is to leave q, k and v in fp16, and to round the probabilities to fp16 before they meet
 v. They lie between 0 and 1, and are rounded no worse than the result.
 
-Moves: as before.
+Moves: as before, 2 bytes for each number of q and o, and T / 64 times 2 for each number of k and v.
 
 Last rung: every product was an instruction of its own, in fp32.
 

@@ -2,7 +2,8 @@
 
 The loop over the keys ends at the tile's last query: tiles above the diagonal are never loaded nor multiplied.
 
-Moves: of k and v about half of what it was, the more exactly the longer the sequence.
+Moves: 2 bytes for each number of q and o, and (T / 64 + 1) / 2 times 2 for each number of k and v: about half of what
+it was, the more exactly the longer the sequence.
 
 Last rung: it computed the scores of keys that come after a query, to replace them by -inf.
 

@@ -4,7 +4,7 @@ A GPU has an instruction for 2^x, not for e^x: exp(x) is 2^(x * log2(e)), a mult
 multiplied by the scale anyway. So log2(e) goes into the scale, once and for all, and maxima and sums are kept in
 powers of two.
 
-Moves: as before.
+Moves: as before, 2 bytes for each number of q and o, and (T / 64 + 1) / 2 times 2 for each number of k and v.
 
 Last rung: an exponential of each score took two instructions. While tensor cores do the products, the ordinary cores
 have the softmax to do, and it is they who are late.

@@ -3,7 +3,8 @@
 While a tile is multiplied, the next two are already on their way from memory to shared memory, by instructions that
 copy without holding up the thread (cp.async). Triton builds the pipeline: all it wants is the number of stages.
 
-Moves: as before, through three buffers in shared memory.
+Moves: as before, 2 bytes for each number of q and o, and (T / 64 + 1) / 2 times 2 for each number of k and v, through
+three buffers in shared memory.
 
 Last rung: each tile was asked for when it was needed. The tensor cores waited for memory, then memory for the tensor
 cores.

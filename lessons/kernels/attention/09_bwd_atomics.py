@@ -3,8 +3,8 @@
 A program has 64 keys and walks over the queries that see them, 64 at a time; dk and dv gather in registers. What a
 tile gives to dq is added to that of other programs by atomic operations, in fp32.
 
-Moves: k, v, dk and dv once; q, do and o once for each tile of keys; and T * D atomic additions for each tile of keys,
-half of them where it is causal.
+Moves: k, v, dk and dv once, 2 bytes a number; q, do and o once for each tile of 64 keys; and T * D atomic additions of
+4 bytes for each tile of keys. Of what goes by tiles about half, since it is causal.
 
 Last rung: p and ds went through memory, five times in all, and tiles above the diagonal were computed.
 

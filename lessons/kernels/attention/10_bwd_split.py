@@ -3,7 +3,8 @@
 The first walks over queries for dk and dv, the second over keys for dq. Both make the tiles of p and ds for
 themselves. sum(do * o), which each query needs in both, is made once, in a small kernel before.
 
-Moves: q, do and two numbers a query once for each tile of keys, k and v once for each tile of queries, the rest once.
+Moves: q, do and two numbers a query once for each tile of 64 keys, k and v once for each tile of 64 queries, about half
+of that since it is causal; the rest once.
 
 Last rung: an atomic addition for each number of dq and each tile of keys.
 
