@@ -15,7 +15,7 @@ import torch
 from fastgpt import emulator
 from fastgpt.benchmarks.harness import CpuTimer
 from fastgpt.config import UserError
-from lessons.kernels import __main__ as driver
+from lessons.kernels import command as driver
 from lessons.kernels import cuda_rung, show
 from lessons.kernels.climb import Outcome, _time, climb
 from lessons.kernels.rung import FOLDER, LANGUAGES, Header, Promise, Rung, RungError, ladder, read_rung
@@ -350,6 +350,14 @@ def test_the_command_runs_from_a_checkout(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"the climb is drawn in {tmp_path}/climb.png" in done.stdout
+
+
+def test_a_kernel_that_takes_the_process_down_is_told(changed: Callable[..., Path]) -> None:
+    path = changed("01_naive", "  if (m >= M) return;\n", "  if (m >= M) return;\n  y[1LL << 40] = 0.0f;\n")
+    command = [sys.executable, "-m", "lessons.kernels", path]
+    done = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "a kernel took the process down (SIGSEGV)" in done.stderr
 
 
 def test_an_error_of_a_rung_is_no_crash() -> None:
