@@ -200,6 +200,7 @@ def test_a_rung_that_fails_leaves_the_others_to_be_judged(changed: Callable[...,
     second.write_text(CUDA_SOFTMAX[1].read_text())
     first, other = climb([read_rung(path), read_rung(second)])
     assert first.error is not None
+    assert [list(column.cells)[-1] for column in show.table([first, other]).columns] == ["promises kept", "", "2 of 2"]
     assert other.good
     assert [str(promise) for promise in other.promises] == [
         "sectors per load request == 4",
@@ -358,6 +359,12 @@ def test_a_kernel_that_takes_the_process_down_is_told(changed: Callable[..., Pat
     done = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True)
     assert done.returncode == 1
     assert "a kernel took the process down (SIGSEGV)" in done.stderr
+
+
+def test_a_numbered_file_beside_the_readers_may_be_no_rung(changed: Callable[..., Path]) -> None:
+    path = changed("03_tree", "Softmax, rung 3", "Softmax")
+    path.with_name("01_notes.py").write_text("notes = []\n")
+    assert "02_coalesced" in read_rung(path).neighbours()
 
 
 def test_an_error_of_a_rung_is_no_crash() -> None:
