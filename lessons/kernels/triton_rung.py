@@ -99,11 +99,13 @@ class Call:
         """
         with _told_of(self.rung.path):
             results = self.function(*self.arguments)
-            results = (results,) if isinstance(results, Tensor) else tuple(results)
+            wanted = f"{self.rung.task.name} has to return {', '.join(self.names)}"
+            results = results if isinstance(results, (tuple, list)) else (results,)
+            for result in results:
+                if not isinstance(result, Tensor):
+                    raise TypeError(f"{wanted}, and returned {type(result).__name__}")
             if len(results) != len(self.names):
-                raise ValueError(
-                    f"{self.rung.task.name} has to return {', '.join(self.names)}, not {len(results)} tensors"
-                )
+                raise ValueError(f"{wanted}, not {len(results)} tensors")
         self.outputs = dict(zip(self.names, results, strict=True))
 
 
