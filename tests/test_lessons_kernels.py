@@ -345,6 +345,13 @@ def test_a_language_that_no_rung_has_is_told(capsys: pytest.CaptureFixture[str])
     assert "there is no rung in triton among them" in capsys.readouterr().err
 
 
+def test_a_picture_of_another_kind_is_refused_before_the_climb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        driver.main(["softmax", "--out", "climb.txt"])
+    assert exit.value.code == 2
+    assert "climb.txt: the picture must be a .png, .svg or .pdf file" in capsys.readouterr().err
+
+
 @pytest.mark.full
 def test_the_command_runs_from_a_checkout(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lessons.kernels", "softmax", "--only", "cuda", "--out", tmp_path / "climb.png"]

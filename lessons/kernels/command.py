@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.what[0] == "check":
             return check.main([Path(name) for name in args.what[1:]])
+        if args.out.suffix not in (".png", ".svg", ".pdf"):
+            raise UserError(f"{args.out}: the picture must be a .png, .svg or .pdf file")
         rungs = _chosen(args.what, args.only)
         outcomes = _climb(rungs)
         if len(outcomes) > 1:
