@@ -253,11 +253,11 @@ def _told_of(path: Path) -> Iterator[None]:
     """Whatever a reader's file raises, with the last line of the file that it went through.
 
     Raises:
-        RungError: any exception.
+        RungError: any exception, and sys.exit, or a file could end the command as if all were well.
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         root: BaseException = error
         while root.__cause__ is not None:  # Triton wraps what goes wrong in a kernel
             root = root.__cause__
