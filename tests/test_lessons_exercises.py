@@ -7,8 +7,8 @@ import pytest
 
 from fastgpt import emulator
 from lessons.kernels import check
-from lessons.kernels.__main__ import main
 from lessons.kernels.climb import language
+from lessons.kernels.command import main
 from lessons.kernels.rung import read_rung
 
 FOLDER = Path(check.__file__).parent / "exercises"

@@ -15,7 +15,7 @@ import torch
 from fastgpt import emulator
 from fastgpt.benchmarks.harness import CpuTimer
 from fastgpt.config import UserError
-from lessons.kernels import __main__ as driver
+from lessons.kernels import command as driver
 from lessons.kernels import cuda_rung, show
 from lessons.kernels.climb import Outcome, _time, climb
 from lessons.kernels.rung import FOLDER, LANGUAGES, Header, Promise, Rung, RungError, ladder, read_rung
@@ -200,6 +200,7 @@ def test_a_rung_that_fails_leaves_the_others_to_be_judged(changed: Callable[...,
     second.write_text(CUDA_SOFTMAX[1].read_text())
     first, other = climb([read_rung(path), read_rung(second)])
     assert first.error is not None
+    assert [list(column.cells)[-1] for column in show.table([first, other]).columns] == ["promises kept", "", "2 of 2"]
     assert other.good
     assert [str(promise) for promise in other.promises] == [
         "sectors per load request == 4",
@@ -344,12 +345,33 @@ def test_a_language_that_no_rung_has_is_told(capsys: pytest.CaptureFixture[str])
     assert "there is no rung in triton among them" in capsys.readouterr().err
 
 
+def test_a_picture_of_another_kind_is_refused_before_the_climb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        driver.main(["softmax", "--out", "climb.txt"])
+    assert exit.value.code == 2
+    assert "climb.txt: the picture must be a .png, .svg or .pdf file" in capsys.readouterr().err
+
+
 @pytest.mark.full
 def test_the_command_runs_from_a_checkout(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lessons.kernels", "softmax", "--only", "cuda", "--out", tmp_path / "climb.png"]
     done = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"the climb is drawn in {tmp_path}/climb.png" in done.stdout
+
+
+def test_a_kernel_that_takes_the_process_down_is_told(changed: Callable[..., Path]) -> None:
+    path = changed("01_naive", "  if (m >= M) return;\n", "  if (m >= M) return;\n  y[1LL << 40] = 0.0f;\n")
+    command = [sys.executable, "-m", "lessons.kernels", path]
+    done = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "a kernel took the process down (SIGSEGV)" in done.stderr
+
+
+def test_a_numbered_file_beside_the_readers_may_be_no_rung(changed: Callable[..., Path]) -> None:
+    path = changed("03_tree", "Softmax, rung 3", "Softmax")
+    path.with_name("01_notes.py").write_text("notes = []\n")
+    assert "02_coalesced" in read_rung(path).neighbours()
 
 
 def test_an_error_of_a_rung_is_no_crash() -> None:

@@ -343,6 +343,8 @@ def test_what_is_never_written_is_wrong_even_where_memory_holds_the_right_result
     [
         ("import torch\n", "import torch\nimport no_such_thing\n", r"^mine.py, line 3: ModuleNotFoundError: No module"),
         ("    return y", "    return y, y", r"^mine.py: ValueError: softmax has to return y, not 2 tensors$"),
+        ("    return y", "    raise SystemExit(0)", r"^mine.py, line \d+: SystemExit: 0$"),
+        ("    return y", "    return None", r"^mine.py: TypeError: softmax has to return y, and returned NoneType$"),
         ("BLOCK=triton.next", "BLOCKS=triton.next", r"^mine.py, line 17: TypeError: .*BLOCK"),
     ],
 )

@@ -5,4 +5,5 @@
 - ``cuda_rung``, ``triton_rung``: how a rung of that language is built, run, counted, and read when it is compiled; both
   have ``COUNTERS``, ``build(rungs)``, ``run(rung, problem, count=...)`` and ``resources(rung)``.
 - ``climb``: what comes of a whole ladder.
+- ``command``: the command line, which ``__main__`` runs in a process of its own.
 """

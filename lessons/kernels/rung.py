@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,8 +113,9 @@ class Rung:
 
     def neighbours(self) -> dict[str, Rung]:
         """By their stems those that its promises may name: the rungs of its task and language that lie beside it, and
-        those of the ladder. A copy of a rung, changed by a reader, is so held to what it was held to before."""
-        near = (*rungs_in(FOLDER / self.task.ladder), *rungs_in(self.path.parent), self)
+        those of the ladder. A copy of a rung, changed by a reader, is so held to what it was held to before. A
+        reader's folder may hold numbered files that are no rungs."""
+        near = (*rungs_in(FOLDER / self.task.ladder), *_rungs_among(_numbered(self.path.parent)), self)
         return {rung.stem: rung for rung in near if (rung.task, rung.language) == (self.task, self.language)}
 
 
@@ -151,7 +153,17 @@ def read_rung(path: Path) -> Rung:
 
 def rungs_in(folder: Path) -> list[Rung]:
     """The numbered files of a folder (01_naive.cu), in order; another file may be beside them."""
-    return [read_rung(path) for path in sorted(folder.glob("[0-9][0-9]_*")) if path.suffix in LANGUAGES]
+    return [read_rung(path) for path in _numbered(folder)]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("[0-9][0-9]_*")) if path.suffix in LANGUAGES]
+
+
+def _rungs_among(paths: Iterable[Path]) -> Iterator[Rung]:
+    for path in paths:
+        with contextlib.suppress(UserError):
+            yield read_rung(path)
 
 
 def ladder(name: str) -> list[Rung]:

@@ -25,8 +25,15 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     for name in _names(outcomes):
         values = [{**one.counts, **one.times}.get(name) for one in outcomes]
         result.add_row(name, *("" if value is None else _number(name, value) for value in values))
-    result.add_row("promises kept", *(f"{sum(one.promises.values())} of {len(one.promises)}" for one in outcomes))
+    result.add_row("promises kept", *(_promises(one) for one in outcomes))
     return result
+
+
+def _promises(outcome: Outcome) -> str:
+    """How many were kept; nothing where none could be judged."""
+    if outcome.rung.header.promises and not outcome.promises:
+        return ""
+    return f"{sum(outcome.promises.values())} of {len(outcome.promises)}"
 
 
 def _names(outcomes: Sequence[Outcome]) -> list[str]:

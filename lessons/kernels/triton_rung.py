@@ -99,11 +99,13 @@ class Call:
         """
         with _told_of(self.rung.path):
             results = self.function(*self.arguments)
-            results = (results,) if isinstance(results, Tensor) else tuple(results)
+            wanted = f"{self.rung.task.name} has to return {', '.join(self.names)}"
+            results = results if isinstance(results, (tuple, list)) else (results,)
+            for result in results:
+                if not isinstance(result, Tensor):
+                    raise TypeError(f"{wanted}, and returned {type(result).__name__}")
             if len(results) != len(self.names):
-                raise ValueError(
-                    f"{self.rung.task.name} has to return {', '.join(self.names)}, not {len(results)} tensors"
-                )
+                raise ValueError(f"{wanted}, not {len(results)} tensors")
         self.outputs = dict(zip(self.names, results, strict=True))
 
 
@@ -251,11 +253,11 @@ def _told_of(path: Path) -> Iterator[None]:
     """Whatever a reader's file raises, with the last line of the file that it went through.
 
     Raises:
-        RungError: any exception.
+        RungError: any exception, and sys.exit, or a file could end the command as if all were well.
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         root: BaseException = error
         while root.__cause__ is not None:  # Triton wraps what goes wrong in a kernel
             root = root.__cause__
