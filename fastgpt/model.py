@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import dispatch, ops
 from fastgpt.config import BigramConfig, GPTConfig
+from fastgpt.decode import decode_step
 from fastgpt.ops.seed import seed_for
 
 
@@ -35,6 +37,7 @@ class KVCache:
         self.start = 0  # tokens of the longest sequence before those that are being read
         self.end = 0  # and with them
         self.lengths: Tensor | None = None  # (B,), int64: with them, of each sequence; None: all have ``end``
+        self.weights: list[Tensor] | None = None  # what decode_step found that it can take
         self._memory: dict[nn.Module, Tensor] = {}  # of each layer, (B, capacity, 2, H, D)
 
     def begin(self, T: int, lengths: Tensor | None) -> None:
@@ -49,14 +52,18 @@ class KVCache:
             raise ValueError(f"KVCache: {self.end + T} tokens do not fit into its capacity of {self.capacity}")
         self.start, self.end, self.lengths = self.end, self.end + T, lengths
 
-    def extend(self, layer: nn.Module, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the new keys and values of a layer, (B, T, 2, H, D); returns all it has, two of (B, H, Tk, D)."""
-        B, _, _, H, D = kv.shape
+    def memory_of(self, layer: nn.Module, like: Tensor, B: int, H: int, D: int) -> Tensor:
+        """The keys and values of a layer, (B, capacity, 2, H, D), of ``like``'s dtype and device."""
         if layer not in self._memory:
             # Zeros: a shorter sequence leaves places unwritten. Hidden from its queries they weigh 0, and 0 times what
             # the memory held before could be NaN.
-            self._memory[layer] = kv.new_zeros(B, self.capacity, 2, H, D)
-        memory = self._memory[layer]
+            self._memory[layer] = like.new_zeros(B, self.capacity, 2, H, D)
+        return self._memory[layer]
+
+    def extend(self, layer: nn.Module, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values of a layer, (B, T, 2, H, D); returns all it has, two of (B, H, Tk, D)."""
+        B, _, _, H, D = kv.shape
+        memory = self.memory_of(layer, kv, B, H, D)
         if self.start and self.lengths is not None:
             memory[torch.arange(B, device=kv.device), self.lengths - 1] = kv[:, 0]
         else:
@@ -66,13 +73,10 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    """nn.Linear through ``ops.linear``, whose weights the model that it is part of draws."""
+    """nn.Linear, whose weights the model that it is part of draws."""
 
     def reset_parameters(self) -> None:
         pass
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)  # (..., out_features)
 
 
 class Embedding(nn.Embedding):
@@ -137,7 +141,7 @@ class MLP(nn.Module):
         self.approximate = config.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = ops.linear(x, self.c_fc.weight)  # (B, T, 4C); the bias is added where GELU reads it anyway
+        x = F.linear(x, self.c_fc.weight)  # (B, T, 4C); the bias is added where GELU reads it anyway
         x = ops.gelu(x, self.c_fc.bias, approximate=self.approximate)  # (B, T, 4C)
         return self.c_proj(x)  # (B, T, C)
 
@@ -286,6 +290,9 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: idx must have at most block_size {self.config.block_size} columns, got {T}{after}")
         if cache is not None:
             cache.begin(T, lengths)
+            logits = None if targets is not None else decode_step(self, idx, cache)  # (1, 1, V)
+            if logits is not None:
+                return logits[..., : self.config.vocab_size], None
         x = self.transformer(idx, cache)  # (B, T, C)
         if targets is not None:
             return None, ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())

@@ -77,6 +77,14 @@ def fixed_seed() -> None:
 
 
 @pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many threads torch takes, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def interruptible() -> Iterator[None]:
     """SIGINT interrupts, also where the tests run in the background of a shell, which has them ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -133,6 +133,17 @@ def test_seqlens_k_hides_the_keys_beyond(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("keys", "D", "dtype"), [(1, 8, F32), (7, 13, F32), (131, 24, BF16), (66, 64, F16)])
+def test_one_query_reads_the_keys_of_a_cache(
+    backend: str, is_causal: bool, keys: int, D: int, dtype: torch.dtype
+) -> None:
+    k, v = sample(3, keys, 2, 2, D, dtype=dtype).permute(2, 0, 3, 1, 4)  # as KVCache has them
+    inputs = {"q": sample(3, 1, 2, D, dtype=dtype).transpose(1, 2), "k": k, "v": v}
+    check(ops.attention, backend, peer, inputs, is_causal=is_causal, seqlens_k=seqlens(keys, keys // 2, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [True, False])
 def test_keys_beyond_seqlens_k_are_never_looked_at(backend: str, is_causal: bool) -> None:
     """Scores of 1e4 there would take all the weight, and their gradients are exactly zero."""
     inputs, lengths = heads(2, 2, 5, 8, 16), seqlens(3, 8)

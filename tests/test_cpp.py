@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,13 +23,6 @@ from fastgpt.optim import AdamW, gradients
 pytestmark = pytest.mark.skipif(extension.cpp_missing() is not None, reason=str(extension.cpp_missing()))
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def with_gradients(fn: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
@@ -61,12 +54,14 @@ def large_calls(
     lists[3] = [t.abs() for t in lists[3]]
     drop = {"dropout_p": 0.2, "seed": torch.tensor([7])}
     heads, few = [x(2, 5, 131, 24) for _ in range(3)], [x(1, 1, 700, 24) for _ in range(3)]
+    one_query = [x(2, 5, 1, 24), x(2, 5, 701, 24), x(2, 5, 701, 24)]
     rows, row, logits = [x(401, 130), x(401, 130)], [x(130), x(130)], x(301, 1000)
     packed, scores, flat = x(2, 131, 3, 2, 16), x(5, 131, 131), x(50001)
     hidden, table = x(301, 16), x(1000, 16)
     calls: dict[str, Callable[[], list[Tensor]]] = {
         "attention": lambda: [
-            y for qkv in (heads, few) for y in with_gradients(lambda *t: ops.attention(*t, **drop), *qkv)
+            *(y for qkv in (heads, few) for y in with_gradients(lambda *t: ops.attention(*t, **drop), *qkv)),
+            *with_gradients(ops.attention, *one_query),
         ],
         "attention_qkvpacked": lambda: with_gradients(lambda t: ops.attention_qkvpacked(t, **drop), packed),
         "softmax": lambda: with_gradients(lambda t: ops.softmax(t, scale=0.3, is_causal=True), scores),

@@ -11,8 +11,8 @@
 // threads.
 
 #include "math.h"
-#include "parallel.h"
 #include "philox.h"
+#include "rows.h"
 #include "tile.h"
 
 namespace fastgpt::FASTGPT_ISA {
@@ -24,8 +24,6 @@ constexpr int64_t kQueryChunk = 256;
 constexpr int64_t kKeyBlock = 128;
 constexpr int64_t kKeyBlockBwd = 64;
 constexpr int64_t kQueryBlockBwd = 64;
-
-constexpr float kInfinity = __builtin_inff();
 
 // Which keys a query of one sequence sees: 0 to last(query), which may be -1.
 struct Visible {
@@ -202,6 +200,69 @@ void forward(const Pool& pool, const AttentionFwd& a) {
         for_each_vec(s.D, [&](int64_t d, int n) { store_n(o + d, load(buf.acc + i * pitch.panel + d) * inverse, n); });
         a.lse[head * s.Tq + i0 + i] = total > 0.0f ? buf.max[i] + vlog(splat(total))[0] : kInfinity;
       }
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward of one query
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The scores of `count` keys, from `first` on.
+template <int count, class T>
+inline void score_keys(const float* q, const Source<T>& keys, int64_t first, float scale, float* scores) {
+  Vec totals[count] = {};
+  for_each_vec(keys.width, [&](int64_t d, int n) {
+    const Vec x = load_n(q + d, n);
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) totals[i] += x * load_n(keys.row(first + i) + d, n);
+  });
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) scores[first + i] = sum(totals[i]) * scale;
+}
+
+// total += the values of `count` keys, from `first` on, each times its p.
+template <int count, class T>
+inline void add_values(const float* p, const Source<T>& values, int64_t first, float* total) {
+  for_each_vec(values.width, [&](int64_t d, int n) {
+    Vec sum = load_n(total + d, n);
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) sum += load_n(values.row(first + i) + d, n) * p[first + i];
+    store_n(total + d, sum, n);
+  });
+}
+
+// As a step of generation has it. There is nothing to pack for: each key and value is read once, where it lies.
+template <class T>
+void forward_of_one(const Pool& pool, const AttentionFwd& a) {
+  const AttentionShape s = a.shape;
+  parallel_for(pool, s.B * s.H, row_grain(2 * s.Tk * s.D), [&](int64_t begin, int64_t end) {
+    struct Buffers {
+      float *q, *scores, *total;
+    };
+    Scratch scratch;
+    const Buffers buf = scratch.allocate(
+        [&](Scratch& m) { return Buffers{m.take<float>(s.D), m.take<float>(s.Tk), m.take<float>(s.D)}; });
+    for (int64_t head = begin; head < end; ++head) {
+      const int64_t b = head / s.H, h = head % s.H;
+      const int64_t keys = Visible(s, a.seqlens_k, b, a.is_causal).keys;  // its mask hides none of them
+      const Source<T> k = head_of<T>(a.k, b, h, 0, keys, s.D), v = head_of<T>(a.v, b, h, 0, keys, s.D);
+      const T* q = row_of<T>(a.q, b, h, 0);
+      for_each_vec(s.D, [&](int64_t d, int n) {
+        store_n(buf.q + d, load_n(q + d, n), n);
+        store_n(buf.total + d, Vec{}, n);
+      });
+      int64_t j = 0;
+      for (; j + kRows <= keys; j += kRows) score_keys<kRows>(buf.q, k, j, a.scale, buf.scores);
+      for (; j < keys; ++j) score_keys<1>(buf.q, k, j, a.scale, buf.scores);
+      const ExponentialSum e =
+          exponential_sum(keys, [&](int64_t i, int n) { return load_n(buf.scores + i, n); }, buf.scores);
+      for (j = 0; j + kRows <= keys; j += kRows) add_values<kRows>(buf.scores, v, j, buf.total);
+      for (; j < keys; ++j) add_values<1>(buf.scores, v, j, buf.total);
+      const float inverse = e.total > 0.0f ? 1.0f / e.total : 0.0f;
+      T* o = row_of<T>(a.o, b, h, 0);
+      for_each_vec(s.D, [&](int64_t d, int n) { store_n(o + d, load_n(buf.total + d, n) * inverse, n); });
+      a.lse[head] = e.total > 0.0f ? e.shift + vlog(splat(e.total))[0] : kInfinity;
     }
   });
 }
@@ -420,6 +481,9 @@ void backward(const Pool& pool, const AttentionBwd& a) {
 }  // namespace
 
 void attention_fwd(const Pool& pool, const AttentionFwd& a) {
+  if (a.shape.Tq == 1 && a.drop.threshold == 0) {
+    return with_dtype(a.dtype, [&](auto t) { forward_of_one<decltype(t)>(pool, a); });
+  }
 #if defined(__AVX512BF16__)
   if (a.dtype == Dtype::bf16) return forward<Pairs, bf16>(pool, a);
 #endif

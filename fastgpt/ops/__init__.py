@@ -1,4 +1,4 @@
-"""The public ops: what the model calls, and what every backend implements (but for ``linear``, PyTorch's product)."""
+"""The public ops: what the model calls, and what every backend implements."""
 
 from fastgpt.ops.adamw import adamw_
 from fastgpt.ops.add_layer_norm import add_layer_norm
@@ -8,7 +8,6 @@ from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.dropout import dropout
 from fastgpt.ops.gelu import gelu
 from fastgpt.ops.layer_norm import layer_norm
-from fastgpt.ops.linear import linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastgpt.ops.softmax import softmax
 
@@ -22,7 +21,6 @@ __all__ = [
     "dropout",
     "gelu",
     "layer_norm",
-    "linear",
     "linear_cross_entropy",
     "softmax",
 ]
