@@ -166,6 +166,7 @@ def test_two_processes_build_at_once(tiny: Tiny) -> None:
 
 
 @full
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_a_build_that_is_stopped_does_not_stop_the_next(tiny: Tiny, kill: signal.Signals) -> None:
     slow, seen = tiny.folder / "slow", tiny.folder / "started"
