@@ -161,8 +161,8 @@ def test_what_a_cache_cannot_take_is_refused_in_a_sentence():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("prompt", "block_size", "factor"), [(1, 256, 4), (256, 512, 8)])
-def test_a_cache_makes_generation_many_times_as_fast(prompt, block_size, factor):
+@pytest.mark.parametrize(("prompt", "block_size"), [(1, 256), (256, 512)])
+def test_a_cache_makes_generation_many_times_as_fast(prompt, block_size):
     """256 tokens of the 10.65M model at batch 1, up to the end of its block_size."""
     m = GPT(GPTConfig(**{**vars(PRESETS["shakespeare"].model), "vocab_size": 65, "block_size": block_size})).eval()
     assert m.num_params(positions=False) == 10_646_784
@@ -174,7 +174,7 @@ def test_a_cache_makes_generation_many_times_as_fast(prompt, block_size, factor)
             all_tokens(m, idx, 256, use_cache=use_cache)
             times.append(time.perf_counter() - start)
     cached, uncached = (statistics.median(times) for times in seconds.values())
-    assert uncached >= factor * cached, f"{256 / cached:.0f} tokens/s with the cache, {256 / uncached:.0f} without"
+    assert uncached >= 8 * cached, f"{256 / cached:.0f} tokens/s with the cache, {256 / uncached:.0f} without"
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (3,)])

@@ -160,7 +160,9 @@ def test_a_promise_of_what_is_not_there_is_told() -> None:
 def test_the_ladder_of_softmax_is_right_and_keeps_its_promises() -> None:
     outcomes = {outcome.rung.stem: outcome for outcome in climb(cuda_rungs("softmax"))}
     assert list(outcomes) == [path.stem for path in CUDA_SOFTMAX]
-    assert {stem: show.details(outcome) for stem, outcome in outcomes.items() if not outcome.good} == {}
+    assert {
+        stem: show.details(outcome) for stem, outcome in outcomes.items() if not outcome.good or outcome.uncounted
+    } == {}
     for stem, outcome in outcomes.items():
         counts = outcome.counts
         figures = f"| {counts['bytes moved'] / 65536:g} | {counts['load requests']:,} | {counts['barriers']:,} |"
@@ -214,6 +216,19 @@ def test_an_access_beyond_a_tensor_is_told(changed: Callable[..., Path]) -> None
     assert re.match(
         r"01_naive\.cu:\d+: ldg: 4 bytes out of the bounds of global memory \(at byte \d+ of x, which has 20020\)",
         outcome.error,
+    )
+
+
+@pytest.mark.full
+def test_what_nobody_counts_is_told(changed: Callable[..., Path]) -> None:
+    outcome = one(changed("02_coalesced", '#include "tasks.h"', '#include "tasks.h"\n#define ldg *'))
+    assert outcome.right
+    told = show.details(outcome)
+    assert told[0] == "BROKEN: sectors per load request == 4 (it is 0)"
+    assert re.fullmatch(
+        r"not counted: the kernels were seen to load and store 262144 bytes, and this takes at least 524288: the work "
+        r"is to be done by the file's own kernels, in CUDA with ldg and stg, since a plain p\[i\] is not counted",
+        told[-1],
     )
 
 

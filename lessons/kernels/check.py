@@ -18,7 +18,7 @@ import torch
 
 from fastgpt import emulator
 from fastgpt.config import UserError
-from lessons.kernels.climb import language
+from lessons.kernels.climb import language, uncounted
 from lessons.kernels.rung import Counts, Promise, Rung, RungError, read_rung
 from lessons.kernels.tasks import Problem, Sizes, Task, Tensors
 
@@ -40,7 +40,6 @@ _ADVICE = {
     "load bytes": "more is read than the work takes: something is read again, or is not wanted",
     "dots": "more products of tiles than the work takes: some are of keys that no query of the tile may see",
 }
-_ACCESSED = ("bytes wanted", "load bytes", "store bytes")  # the first is CUDA's, the others Triton's
 _RACE = re.compile(
     r"(?P<file>[^\s:]+):(?P<line>\d+): race: \w+ (?P<does>reads|writes) .* that thread \d+ (?P<did>read|wrote) at "
     r"(?P<other_file>[^\s:]+):(?P<other_line>\d+),"
@@ -95,7 +94,8 @@ def check(path: Path) -> list[str]:
                 break
     except (RungError, ValueError) as error:
         return [_explained(str(error), rung)]
-    faults += _uncounted(counts, rung.task.work(module.counted_sizes(rung.task)).bytes)
+    unseen = uncounted(counts, rung.task.work(module.counted_sizes(rung.task)).bytes)
+    faults += [] if unseen is None else [unseen]
     return faults + [_missed(goal, counts) for goal in goals if not goal.kept({rung.stem: counts}, rung.stem)]
 
 
@@ -114,17 +114,6 @@ def _of(got: float) -> str:
     if math.isfinite(got):
         return ""
     return "; what is never written stays NaN, and a computation gives NaN or inf where a number in it has overflowed"
-
-
-def _uncounted(counts: Counts, least: int) -> list[str]:
-    """Whether the kernels accessed less than the task takes, so that something was done where nobody counts."""
-    accessed = sum(counts.get(name, 0) for name in _ACCESSED)
-    if accessed >= least:
-        return []
-    return [
-        f"the kernels were seen to load and store {accessed:.0f} bytes, and this takes at least {least}: the work is "
-        "to be done by the file's own kernels, in CUDA with ldg and stg, since a plain p[i] is not counted"
-    ]
 
 
 def _missed(goal: Promise, counts: Counts) -> str:

@@ -16,6 +16,8 @@ from fastgpt.benchmarks.harness import Contestant, interleave, measure_ceilings,
 from lessons.kernels.rung import Counts, Execution, Promise, Rung, RungError
 from lessons.kernels.tasks import TASKS, Problem, Sizes, Task, Wrong
 
+_ACCESSED = ("bytes wanted", "load bytes", "store bytes")  # the first is CUDA's, the others Triton's
+
 
 class Language(Protocol):
     """What ``cuda_rung`` and ``triton_rung`` have in common."""
@@ -62,6 +64,7 @@ class Outcome:
         error: why it could not be built or run, as the compiler or the emulator says it.
         wrong: outputs that are not near enough to the truth, and of which problem.
         counts: by counter, of ``Language.counted_sizes``; what the compiler made of it among them.
+        uncounted: what there is to say where its kernels did work that nobody counted.
         missing: why there is nothing of the compiler's.
         promises: and whether each was kept, where both rungs were counted.
         times: on a GPU: "ms", "GB/s", "TFLOP/s" and "of roofline".
@@ -71,6 +74,7 @@ class Outcome:
     error: str | None = None
     wrong: list[tuple[Problem, Wrong]] = field(default_factory=list)
     counts: dict[str, float] = field(default_factory=dict)
+    uncounted: str | None = None
     missing: str | None = None
     promises: dict[Promise, bool] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
@@ -143,11 +147,23 @@ def _tried(module: Language, rung: Rung) -> Outcome:
     except RungError as error:
         outcome.error = str(error)
         return outcome
+    outcome.uncounted = uncounted(outcome.counts, task.work(module.counted_sizes(task)).bytes)
     try:
         outcome.counts |= module.resources(rung)
     except RungError as error:
         outcome.missing = str(error)
     return outcome
+
+
+def uncounted(counts: Counts, least: float) -> str | None:
+    """What to say of kernels that accessed fewer bytes than the task takes: something was done where nobody counts."""
+    accessed = sum(counts.get(name, 0) for name in _ACCESSED)
+    if accessed >= least:
+        return None
+    return (
+        f"the kernels were seen to load and store {accessed:.0f} bytes, and this takes at least {least:.0f}: the work "
+        "is to be done by the file's own kernels, in CUDA with ldg and stg, since a plain p[i] is not counted"
+    )
 
 
 def _hold(module: Language, outcome: Outcome, sizes: Sizes, device: torch.device, count: bool = False) -> None:

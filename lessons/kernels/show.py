@@ -66,6 +66,8 @@ def details(outcome: Outcome) -> list[str]:
         lines.append(
             f"{'kept' if kept else 'BROKEN'}: {promise} (it is {_number('', outcome.counts[promise.counter])})"
         )
+    if outcome.uncounted is not None:
+        lines.append(f"not counted: {outcome.uncounted}")
     if outcome.missing is not None:
         lines.append(outcome.missing)
     return lines
