@@ -19,7 +19,7 @@ test: $(VENV)/built
 	$(BIN)/pytest $(WORKERS) $(ARGS)
 
 test-full: $(VENV)/built
-	$(BIN)/pytest --full $(ARGS)
+	$(BIN)/pytest --full $(WORKERS) $(ARGS)
 
 # A wheel for this platform, any Python from 3.10 on and any torch from 2.10 on, in dist/.
 wheel: $(VENV)/installed
