@@ -6,7 +6,9 @@ again around some forty ops; one call of the C++ library reads on all threads an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from fastgpt import dispatch, extension
 from fastgpt.ops.backward import only_result_wanted
 
 if TYPE_CHECKING:  # which needs this file
+    from fastgpt.config import GPTConfig
     from fastgpt.model import GPT, KVCache
 
 # The cpp backend's alone, and so not among those that kernel_ops defines for every kernel backend. `weights` are all of
@@ -49,16 +52,16 @@ def decode_step(model: GPT, idx: Tensor, cache: KVCache) -> Tensor | None:
     """The logits that follow on one token, (1, 1, V), V the padded vocabulary; None where that is for the ops to do.
 
     One call makes them where there is one sequence and nothing but the result is wanted (no gradient, no compiler, no
-    autocast), all ops are left to the cpp backend (``dispatch.is_left_to``), and the model is what its config makes, in
-    fp32 on a CPU (as found at the first step).
+    autocast), all ops are left to the cpp backend (``dispatch.is_left_to``), and the model is what its config makes (as
+    found at the cache's first step), in fp32 on a CPU and without hooks.
 
     Args:
-        model: in evaluation mode.
         idx: (B, T), int64, tokens of the vocabulary.
         cache: ready for these tokens (``KVCache.begin``); takes up their keys and values.
     """
     if (
         idx.numel() != 1
+        or idx.device.type != "cpu"
         or cache.lengths is not None
         or model.training
         or not only_result_wanted()
@@ -66,39 +69,63 @@ def decode_step(model: GPT, idx: Tensor, cache: KVCache) -> Tensor | None:
         or not dispatch.is_left_to("cpp", "cpu")
     ):
         return None
-    if cache.weights is None:
-        cache.weights = _weights_of(model)
-    if not cache.weights:
+    if cache.layout is None:
+        cache.layout = Layout(model)
+    weights = cache.layout.weights()
+    if weights is None:
         return None
-    c, weights = model.config, cache.weights
-    blocks: Any = model.transformer.h
-    caches = [cache.memory_of(block.attn, weights[0], 1, c.n_head, c.n_embd // c.n_head) for block in blocks]
+    c = model.config
+    caches = [cache.memory_of(a, weights[0], 1, c.n_head, c.n_embd // c.n_head) for a in cache.layout.attention]
+    if any(memory.dtype != torch.float32 or memory.shape[0] != 1 for memory in caches):
+        return None  # what was read before were other sequences, or in another dtype
     return _decode_step(idx, weights, caches, cache.start, c.bias, c.gelu, 1e-5)
 
 
-def _weights_of(model: GPT) -> list[Tensor]:
-    """All weights in the order of the layers; none where modules have to be called.
+class Layout:
+    """The modules of a model, and the places of its weights in the order of the layers.
 
-    That is where one was replaced (LoRA, quantisation, sharding) or has a hook, or weights are elsewhere or in another
-    dtype.
+    There are no places where the model is not just what its config makes: where it has another module (LoRA,
+    quantisation, sharding), other sizes, or a method that is not this package's, its modules have to be called.
     """
+
+    def __init__(self, model: GPT) -> None:
+        c, blocks = model.config, cast(Any, model.transformer.h)
+        types, shapes = _made_by(c)
+        self.modules = [module for module in model.modules() if module is not model]
+        self.attention: list[nn.Module] = []
+        self.places: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        if (
+            _types(model) == types
+            and _shapes(model) == shapes
+            and all(map(_is_as_written, set(types.values())))
+            and all((block.attn.n_head, block.mlp.approximate) == (c.n_head, c.gelu) for block in blocks)
+        ):
+            self.attention = [block.attn for block in blocks]
+            parts = [path.rpartition(".") for path in shapes]
+            self.places = [(model.get_submodule(module)._parameters, name) for module, _, name in parts]
+
+    def weights(self) -> list[Tensor] | None:
+        """The weights as they are now; None where modules have to be called, or one is not in fp32 on a CPU."""
+        weights = [parameters[name] for parameters, name in self.places]
+        plain = all(
+            type(w) is nn.Parameter and w.dtype == torch.float32 and w.device.type == "cpu" and w.is_contiguous()
+            for w in weights
+        )
+        hooked = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
+        called = hooked or any(
+            m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or m.training for m in self.modules
+        )
+        return cast(list[Tensor], weights) if weights and plain and not called else None
+
+
+@functools.lru_cache(maxsize=8)
+def _made_by(config: GPTConfig) -> tuple[dict[str, type], dict[str, torch.Size]]:
+    """What ``GPT`` makes of a config: the types of its modules, and the shapes of its weights in their order."""
     from fastgpt.model import GPT  # which needs this file
 
     with torch.device("meta"):
-        twin = GPT(model.config, drawn=False)
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    inner = [module for module in model.modules() if module is not model]
-    as_made = (
-        _types(model) == _types(twin)
-        and _shapes(model) == _shapes(twin)
-        and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or m.training for m in inner)
-        and not (every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
-    )
-    in_reach = all(
-        type(w) is nn.Parameter and w.device.type == "cpu" and w.dtype == torch.float32 and w.is_contiguous()
-        for w in weights.values()
-    )
-    return list(weights.values()) if as_made and in_reach else []
+        model = GPT(config, drawn=False)
+    return _types(model), _shapes(model)
 
 
 def _types(model: nn.Module) -> dict[str, type]:
@@ -107,3 +134,8 @@ def _types(model: nn.Module) -> dict[str, type]:
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: weight.shape for name, weight in model.named_parameters(remove_duplicate=False)}
+
+
+def _is_as_written(kind: type) -> bool:
+    """Whether all methods of a class come from where it does."""
+    return all(method.__module__ == kind.__module__ for method in vars(kind).values() if inspect.isfunction(method))

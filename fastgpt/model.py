@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import dispatch, ops
 from fastgpt.config import BigramConfig, GPTConfig
-from fastgpt.decode import decode_step
+from fastgpt.decode import Layout, decode_step
 from fastgpt.ops.seed import seed_for
 
 
@@ -37,7 +37,7 @@ class KVCache:
         self.start = 0  # tokens of the longest sequence before those that are being read
         self.end = 0  # and with them
         self.lengths: Tensor | None = None  # (B,), int64: with them, of each sequence; None: all have ``end``
-        self.weights: list[Tensor] | None = None  # what decode_step found that it can take
+        self.layout: Layout | None = None  # of the model, from the first step on that decode_step might take
         self._memory: dict[nn.Module, Tensor] = {}  # of each layer, (B, capacity, 2, H, D)
 
     def begin(self, T: int, lengths: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgpt import GPT, GPTConfig, decode, extension, use_backend
 from fastgpt.benchmarks.errors import absolute_error, allowed_error, largest
-from fastgpt.model import KVCache, Linear
+from fastgpt.model import MLP, KVCache, Linear
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -29,7 +29,7 @@ def make_model(**options: Any) -> GPT:
     sizes = {"block_size": 24, "vocab_size": 13, "n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_multiple": 8}
     m = GPT(GPTConfig(**sizes | options))
     for p in m.parameters():
-        nn.init.normal_(p, mean=0.1, std=0.5)
+        nn.init.normal_(p, mean=0.1, std=2 * m.config.n_embd**-0.5)  # a product is about twice as large as its input
     return m.eval()
 
 
@@ -212,6 +212,7 @@ CHANGES: dict[str, Callable[[GPT], Any]] = {
     "in_bf16": lambda m: m.bfloat16(),
     "training": lambda m: m.train(),
     "partly_training": lambda m: m.transformer.h[0].train(),
+    "exact_gelu": lambda m: setattr(m.transformer.h[0].mlp, "approximate", "none"),
     "parametrized": lambda m: torch.nn.utils.parametrizations.orthogonal(m.lm_head),
 }
 
@@ -225,6 +226,54 @@ def test_a_model_that_is_not_what_its_config_makes_is_called(change: str, taken:
         got, _ = read(m, idx)
         torch.testing.assert_close(got, m(idx)[0], **tolerance)
     assert not taken
+
+
+def test_a_model_with_another_method_is_called(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: 2 * forward(self, x))
+    m, idx = make_model(), torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), use_backend("cpp"):
+        torch.testing.assert_close(read(m, idx)[0], m(idx)[0])
+    assert not taken
+
+
+@pytest.mark.parametrize("name", ["transformer.ln_f", "transformer.h.1.mlp.c_fc", "transformer.h.0.ln_1"])
+def test_the_order_in_which_weights_were_registered_is_nothing(name: str, taken: list[int]) -> None:
+    m, idx = make_model(), torch.tensor([[1, 2, 3]])
+    module = m.get_submodule(name)
+    weight = module.weight
+    del module.weight
+    module.weight = weight  # behind the bias now, as torch's prune and parametrize leave it
+    with torch.no_grad(), use_backend("cpp"):
+        torch.testing.assert_close(read(m, idx)[0], m(idx)[0])
+    assert taken == [0, 1, 2]
+
+
+def test_what_changes_between_two_steps_counts(taken: list[int]) -> None:
+    m, other, cache, seen = make_model(), make_model(), KVCache(2), []
+    for p in other.parameters():
+        nn.init.normal_(p)
+    with torch.no_grad(), use_backend("cpp"):
+        m(torch.tensor([[1]]), cache=cache)
+        m.load_state_dict(other.state_dict(), assign=True)
+        got, _ = m(torch.tensor([[2]]), cache=cache)
+        m.transformer.h[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+        cache.end = 1  # the same step, by the ops
+        torch.testing.assert_close(m(torch.tensor([[2]]), cache=cache)[0], got)
+    assert (taken, seen) == ([0, 1], [1])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "scope"),
+    [([[1, 2], [3, 4]], nullcontext), ([[1, 2]], lambda: torch.autocast("cpu", torch.bfloat16))],
+)
+def test_a_cache_of_something_else_is_refused_by_the_ops(prompt: list[list[int]], scope: Callable[[], Scope]) -> None:
+    m, cache = make_model(), KVCache(4)
+    with torch.no_grad(), use_backend("cpp"):
+        with scope():
+            m(torch.tensor(prompt), cache=cache)
+        with pytest.raises(ValueError, match="attention: k must have"):
+            m(torch.tensor([[1]]), cache=cache)
 
 
 def test_a_model_elsewhere_is_called() -> None:
