@@ -383,9 +383,9 @@ def _head_size_limit(x: torch.Tensor, *_: Any) -> str | None:
 _LEFT_TO_TORCH: dict[str, tuple[Callable[..., bool], str]] = {
     "attention": (
         lambda q, k, v, is_causal, dropout_p, *_: (
-            dropout_p == 0 and q.dtype == torch.float32 and (q.shape[2] == 1 or (q.shape[2] < 8 and k.shape[2] >= 256))
+            dropout_p == 0 and q.dtype == torch.float32 and 1 < q.shape[2] < 8 and k.shape[2] >= 256
         ),
-        "in fp32 one query, or fewer than 8 on 256 keys or more",
+        "in fp32 2 to 7 queries on 256 keys or more",
     ),
     "softmax": (lambda x, scale, is_causal: not is_causal and x.numel() < 1 << 17, "fewer than 2^17 elements, no mask"),
     "layer_norm": (lambda x, *_: x.numel() < 1 << 16, "fewer than 2^16 elements"),
