@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -88,6 +89,21 @@ def new_folder(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def lock(folder: Path) -> int | None:
+    """Hold a folder against other processes until the handle that is returned is closed; None: another one holds it.
+
+    Some network file systems cannot lock a folder: there it is for the user to keep processes apart.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(handle)
+            return None
+    return handle
 
 
 def _passing_name(path: Path) -> Path:

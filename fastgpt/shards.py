@@ -13,8 +13,6 @@ call goes on.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -33,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fastgpt.config import UserError
-from fastgpt.files import json_bytes, read_json, write_atomically
+from fastgpt.files import json_bytes, lock, read_json, write_atomically
 from fastgpt.tokenizer import Tokenizer, read_tokenizer
 
 HEADER = "header.json"
@@ -257,16 +255,11 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold ``folder``, made if need be, against other calls; one that was made and is still empty does not stay."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:
-            os.close(handle)
-            raise UserError(
-                f"{folder}: another fastgpt prepare is at work here: wait for its end, or choose another folder"
-            ) from error
-        # Some network file systems cannot lock a folder: there it is for the user to keep them apart (docs/data.md).
+    handle = lock(folder)
+    if handle is None:
+        raise UserError(
+            f"{folder}: another fastgpt prepare is at work here: wait for its end, or choose another folder"
+        )
     try:
         yield
     finally:

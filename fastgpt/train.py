@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import statistics
 import time
@@ -40,6 +41,7 @@ from fastgpt.cuda_graph import Graphed
 from fastgpt.data import NAMED_TEXTS, Batches, Dataset, load_dataset
 from fastgpt.devices import peak_flops
 from fastgpt.extras import require
+from fastgpt.files import lock
 from fastgpt.metrics import Metrics, metrics_until, plot_losses
 from fastgpt.model import GPT
 from fastgpt.optim import build_optimizer, gradients, learning_rate
@@ -61,6 +63,33 @@ _ASIDE = {
     "tensorboard",
     "profile",
 }
+
+
+# Of the runs that this process writes, each a folder: what keeps other processes from it.
+_locks: dict[Path, int] = {}
+
+
+def _hold(run: Path) -> None:
+    """
+    Raises:
+        UserError: another process trains there.
+    """
+    if run.resolve() in _locks:
+        return
+    handle = lock(run)
+    if handle is None:
+        raise UserError(f"{run}: another fastgpt train is at work here: wait for its end, or choose another --out")
+    _locks[run.resolve()] = handle
+
+
+@contextlib.contextmanager
+def _let_go_after(run: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle = _locks.pop(run.resolve(), None)
+        if handle is not None:
+            os.close(handle)
 
 
 class Trainer:
@@ -106,6 +135,8 @@ class Trainer:
         tokenizer: Tokenizer | str = config.tokenizer
         if resume:
             _, begun, tokenizer = read_config(run)
+            if self.world.is_main:
+                _hold(run)
         elif config.init and tokenizer == "auto":
             tokenizer = tokenizer_of(config.init) or tokenizer
             if tokenizer == "auto" and not is_prepared(Path(config.data).expanduser()):  # such a folder brings its own
@@ -179,6 +210,7 @@ class Trainer:
         if self.world.is_main:
             kept = metrics_until(run, self.state.step if folder else -1)
             run.mkdir(parents=True, exist_ok=True)
+            _hold(run)
             if folder:
                 go_back_to(run, folder.name)
             versions = {"fastgpt": fastgpt.__version__, "torch": torch.__version__}
@@ -229,6 +261,7 @@ class Trainer:
         self._forward = self.world.replicate(self._forward, self.device)
         self._began = time.monotonic() - state.elapsed_s
         with (
+            _let_go_after(self.run),
             self.backend,
             fp32_products(tf32=config.tf32),
             contextlib.closing(self._metrics) if self._metrics else contextlib.nullcontext(),

@@ -26,6 +26,7 @@ from fastgpt import train as training
 from fastgpt.checkpoint import Making, checkpoint_names, find_checkpoint, load_model, open_checkpoint, read_config
 from fastgpt.config import TrainConfig, TrainingError, UserError
 from fastgpt.data import prepare
+from fastgpt.files import lock
 from fastgpt.metrics import read_metrics
 from fastgpt.pretrained import Pretrained
 from fastgpt.train import Trainer
@@ -142,6 +143,26 @@ class At:
 
     def __call__(self, t: Trainer) -> None:
         self.function(self.argument, t)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_another_process_in_the_same_run_is_refused(tmp_path, resume):
+    run = tmp_path / "run"
+    if resume:
+        trainer(run, max_iters=2).run_until_done()
+    run.mkdir(exist_ok=True)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    handle = lock(run)  # as another process has it
+    with pytest.raises(UserError, match="run: another fastgpt train is at work here: wait for its end, or choose "):
+        trainer(run, max_iters=4)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    os.close(handle)
+    trainer(run, max_iters=4)  # whoever has it may think again
+    t, held = trainer(run, max_iters=4), []
+    t._step = before_each(t._step, lambda: held.append(lock(run)))  # type: ignore[method-assign]
+    t.run_until_done()
+    assert held == [None] * (2 if resume else 4)
+    os.close(lock(run))
 
 
 @pytest.mark.parametrize("backend", ["cpp", pytest.param("reference", marks=pytest.mark.full)])
