@@ -154,7 +154,7 @@ def test_another_process_in_the_same_run_is_refused(tmp_path, resume):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     handle = lock(run)  # as another process has it
     with pytest.raises(UserError, match="run: another fastgpt train is at work here: wait for its end, or choose "):
-        trainer(run, max_iters=4)
+        trainer(run, max_iters=2)  # which would be refused as done already, had the checkpoint been looked at
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     os.close(handle)
     trainer(run, max_iters=4)  # whoever has it may think again
