@@ -89,7 +89,7 @@ class Layout:
     """
 
     def __init__(self, model: GPT) -> None:
-        c, blocks = model.config, cast(Any, model.transformer.h)
+        c, transformer = model.config, cast(Any, model.transformer)
         types, shapes = _made_by(c)
         self.modules = [module for module in model.modules() if module is not model]
         self.attention: list[nn.Module] = []
@@ -98,9 +98,9 @@ class Layout:
             _types(model) == types
             and _shapes(model) == shapes
             and all(map(_is_as_written, set(types.values())))
-            and all((block.attn.n_head, block.mlp.approximate) == (c.n_head, c.gelu) for block in blocks)
+            and all((block.attn.n_head, block.mlp.approximate) == (c.n_head, c.gelu) for block in transformer.h)
         ):
-            self.attention = [block.attn for block in blocks]
+            self.attention = [block.attn for block in transformer.h]
             parts = [path.rpartition(".") for path in shapes]
             self.places = [(model.get_submodule(module)._parameters, name) for module, _, name in parts]
 

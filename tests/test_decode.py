@@ -190,6 +190,21 @@ def marked(m: GPT) -> None:
     m.lm_head.weight = Marked(m.lm_head.weight.detach())
 
 
+class Last(nn.Module):
+    """A transformer of another kind: what it adds to an embedding depends on nothing."""
+
+    def __init__(self, wte: nn.Module) -> None:
+        super().__init__()
+        self.wte = wte
+
+    def forward(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+        return self.wte(idx) + 1  # type: ignore[no-any-return]
+
+
+def another(m: GPT) -> None:
+    m.transformer = Last(m.transformer.wte)  # type: ignore[assignment]
+
+
 def strided(m: GPT) -> None:
     weight = m.transformer.h[0].mlp.c_proj.weight
     weight.data = weight.data.t().contiguous().t()
@@ -205,6 +220,7 @@ CHANGES: dict[str, Callable[[GPT], Any]] = {
     "forward_pre_hook": lambda m: m.lm_head.register_forward_pre_hook(lambda *_: None),
     "replaced": replaced,
     "widened": widened,
+    "another": another,
     "marked": marked,
     "strided": strided,
     "patched": patched,
