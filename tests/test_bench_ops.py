@@ -20,6 +20,7 @@ def test_runs_are_written_and_compared(tmp_path: Path) -> None:
         storage = f"--benchmark-storage=file://{tmp_path}"
         command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), *chosen, storage, *options]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        environment.pop("PYTEST_XDIST_WORKER", None)  # in whose processes pytest-benchmark times nothing
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     first = run("--benchmark-save=first", "-rs")

@@ -212,7 +212,10 @@ def test_runs_killed_at_25_random_moments_leave_the_same_bytes(tmp_path):
         if step < CONFIG.max_iters:
             steps.add(step)
         else:  # this one came through, even if it was killed when all was written
-            assert outcome(run) == wanted
+            got = outcome(run)
+            if process.exitcode:  # and one more checkpoint was still to be deleted
+                got["checkpoints"] = [name for name in got["checkpoints"] if name in wanted["checkpoints"]]
+            assert got == wanted
             run = tmp_path / next(names)
     assert exit_code(start(run, **often)) == 0
     assert outcome(run) == wanted
