@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
 
 from fastgpt import dispatch, extension
 from fastgpt.ops.backward import only_result_wanted
@@ -78,7 +77,8 @@ def decode_step(model: GPT, idx: Tensor, cache: KVCache) -> Tensor | None:
     caches = [cache.memory_of(a, weights[0], 1, c.n_head, c.n_embd // c.n_head) for a in cache.layout.attention]
     if any(memory.dtype != torch.float32 or memory.shape[0] != 1 for memory in caches):
         return None  # what was read before were other sequences, or in another dtype
-    return _decode_step(idx, weights, caches, cache.start, c.bias, c.gelu, 1e-5)
+    eps = 1e-5  # the default of the ops, which the modules leave it to
+    return _decode_step(idx, weights, caches, cache.start, c.bias, c.gelu, eps)
 
 
 class Layout:
@@ -111,8 +111,8 @@ class Layout:
             type(w) is nn.Parameter and w.dtype == torch.float32 and w.device.type == "cpu" and w.is_contiguous()
             for w in weights
         )
-        hooked = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
-        called = hooked or any(
+        of_all = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+        called = of_all or any(
             m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or m.training for m in self.modules
         )
         return cast(list[Tensor], weights) if weights and plain and not called else None

@@ -65,12 +65,14 @@ _ASIDE = {
 }
 
 
-# Of the runs that this process writes, each a folder: what keeps other processes from it.
+# By folder, the locks of the runs that this process writes. They are the process's and not a trainer's: one that was
+# made and never run keeps nobody in this process from making the next.
 _locks: dict[Path, int] = {}
 
 
 def _hold(run: Path) -> None:
-    """
+    """Keep other processes from training in ``run``, until ``_let_go_after`` or this process ends.
+
     Raises:
         UserError: another process trains there.
     """

@@ -1,8 +1,8 @@
 // Attention: o = softmax(q k^T * scale) v and its gradients, head by head, without ever holding the (Tq, Tk) matrix.
 //
-// All products are made of one small piece, the tile of tile.h. Its operands are copied ("packed") once per head, or
-// per block of keys, into rows and panels of whole vectors, so that the inner loop has no bounds, no strides and no
-// conversion; the copies are small beside the products, and strided inputs cost nothing more.
+// All products but those of a single query are made of one small piece, the tile of tile.h. Its operands are copied
+// ("packed") once per head, or per block of keys, into rows and panels of whole vectors, so that the inner loop has no
+// bounds, no strides and no conversion; the copies are small beside the products, and strided inputs cost nothing more.
 //
 // The forward runs over blocks of keys with an online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022): the
 // panels of a block stay in the L2 cache, a tile's scores in L1. The backward makes the transposed tiles k q^T and v

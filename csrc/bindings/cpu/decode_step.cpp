@@ -56,13 +56,13 @@ Tensor decode_step(const Tensor& idx, std::vector<Tensor> weights, std::vector<T
   const int64_t V = weights[0].size(0), C = weights[0].size(1), positions = weights[1].size(0);
   require(token >= 0 && token < V && position >= 0 && position < positions, kOp, "there is no such token or position");
 
-  Tensor memory = fresh(weights[0], {15 * C}, ScalarType::Float);
-  float* left = floats(memory);
+  Tensor scratch = fresh(weights[0], {15 * C}, ScalarType::Float);
+  float* left = floats(scratch);
   auto take = [&left](int64_t n) { return std::exchange(left, left + n); };
-  float *x = take(C), *y = take(C);                 // what a sublayer gives, and what it is given
-  float *stream = take(C), *next_stream = take(C);  // the residual stream, without x and with it
-  float *wide = take(4 * C), *wider = take(4 * C);  // q, k and v; the MLP's hidden row before GELU and after it
-  float *of_norm = take(2 * C), *lse = take(C);     // of no use here
+  float *x = take(C), *y = take(C);                   // what a sublayer gives, and what it is given
+  float *stream = take(C), *next_stream = take(C);    // the residual stream, without x and with it
+  float *wide = take(4 * C), *wider = take(4 * C);    // q, k and v; the MLP's hidden row before GELU and after it
+  float *norm_scratch = take(2 * C), *lse = take(C);  // which kernels write and nothing here reads
   float mean, rstd;
 
   Weights weight(weights, with_biases);
@@ -80,7 +80,7 @@ Tensor decode_step(const Tensor& idx, std::vector<Tensor> weights, std::vector<T
                                        next_stream,
                                        &mean,
                                        &rstd,
-                                       of_norm,
+                                       norm_scratch,
                                        1,
                                        C,
                                        static_cast<float>(eps),
